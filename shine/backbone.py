@@ -1,0 +1,224 @@
+"""The frozen causal LM: wear a LoRA, read memory states, loss on labels, generate.
+
+No modelling file is copied. Two hooks do everything, on any model whose decoder layers hold named linears:
+
+* each target linear adds ``(x A) B`` of the LoRA that its layer wears (a forward hook);
+* each decoder layer puts on, for the time of its own call, the LoRA worn when the pass began. Because the call captures that
+  LoRA, activation checkpointing recomputes each layer under the LoRA it had, even though the encoding pass and the answering
+  pass wear different ones.
+
+What is worn is kept per thread, so two threads may use one backbone with different adapters.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from shine.lora import LinearShape, LoRA
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class _Wearing(threading.local):
+    """What this thread wears: ``pass_lora`` from now on, ``layer_lora`` inside a layer's call; ``tap`` collects states."""
+
+    pass_lora: LoRA | None = None
+    layer_lora: LoRA | None = None
+    tap: list[Tensor] | None = None
+    tap_tokens: int = 0
+
+
+class Backbone:
+    """A frozen causal LM that can wear a LoRA, one per sample of the batch.
+
+    Not a ``Module`` on purpose: its weights never belong to an optimizer, a DDP wrapper or a checkpoint of ours.
+
+    Args:
+        model: what ``AutoModelForCausalLM`` loads. It is frozen, put into evaluation mode and gets hooks.
+        targets: names of the linears in each decoder layer that LoRAs touch, in the order in which states are cut.
+        activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+
+    Raises:
+        ValueError: a target linear is missing in a layer; the message names the layer and the linears it has.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, targets: Sequence[str] = TARGETS, activation_checkpointing: bool = False) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.activation_checkpointing = activation_checkpointing
+        self._wearing = _Wearing()
+        self._layers: Sequence[nn.Module] = model.base_model.layers
+        self.linear_shapes = self._hook_linears(tuple(targets))
+        for layer in self._layers:
+            layer.forward = functools.partial(self._layer_forward, layer.forward)
+
+    @property
+    def hidden_size(self) -> int:
+        """``H``."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the input embedding, ``V``."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @contextmanager
+    def wearing(self, lora: LoRA | None) -> Iterator[None]:
+        """Every pass of this thread inside the block wears ``lora``.
+
+        A batch of the pass must be a multiple ``k`` of the LoRA's batch: sample ``i`` wears adapter ``i // k``, which is the
+        order in which ``generate`` lays out its beams. A LoRA with a batch of one serves any batch.
+        """
+        before = self._wearing.pass_lora
+        self._wearing.pass_lora = lora
+        try:
+            yield
+        finally:
+            self._wearing.pass_lora = before
+
+    def memory_states(self, context_ids: Tensor, context_mask: Tensor | None, *, memory_tokens: Tensor, meta_lora: LoRA) -> Tensor:
+        """Read contexts once and return what each layer holds at the memory tokens appended to them.
+
+        The residual stream after every decoder layer, before the final norm; no vocabulary logits are computed.
+
+        Args:
+            context_ids: ``[B, T]``, left-padded.
+            context_mask: ``[B, T]``, one where there is a token; ``None`` when nothing is padded.
+            memory_tokens: ``[M, H]``, appended to every context.
+            meta_lora: worn for this pass only.
+
+        Returns:
+            ``[B, L, M, H]`` in the backbone's dtype.
+        """
+        batch, count = context_ids.shape[0], memory_tokens.shape[0]
+        embedded = self.model.get_input_embeddings()(context_ids)
+        memory = memory_tokens.to(embedded.dtype).expand(batch, -1, -1)
+        mask = None if context_mask is None else F.pad(context_mask, (0, count), value=1)
+        self._wearing.tap, self._wearing.tap_tokens = [], count
+        try:
+            with self.wearing(meta_lora):
+                self.model.base_model(inputs_embeds=torch.cat([embedded, memory], dim=1), attention_mask=mask, use_cache=False)
+            return torch.stack(self._wearing.tap, dim=1)
+        finally:
+            self._wearing.tap = None
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, *, lora: LoRA | None) -> Tensor:
+        """Final hidden states ``[B, T, H]``, after the last norm, wearing ``lora``."""
+        with self.wearing(lora):
+            return self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits ``[..., V]`` of hidden states ``[..., H]``."""
+        return self.model.get_output_embeddings()(hidden)
+
+    def label_logits(self, input_ids: Tensor, attention_mask: Tensor | None, *, label_positions: Tensor, lora: LoRA | None) -> Tensor:
+        """Logits ``[N, V]``, float32, that predict the ``N`` labels; nothing is computed where there is no label.
+
+        Args:
+            input_ids: ``[B, T]``, left-padded.
+            attention_mask: ``[B, T]`` or ``None``.
+            label_positions: ``[N]``, positions of the labels themselves in the flattened ``[B * T]`` batch; each is
+                predicted from the position before it.
+            lora: worn for this pass.
+        """
+        hidden = self.hidden(input_ids, attention_mask, lora=lora)
+        return self.logits(hidden.flatten(0, 1).index_select(0, label_positions - 1)).float()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        lora: LoRA | None,
+        max_new_tokens: int,
+        stop_ids: Sequence[int] | None,
+        pad_id: int,
+        beams: int = 1,
+        **options: Any,
+    ) -> Tensor:
+        """New tokens ``[B, <= max_new_tokens]``: greedy, or the best of ``beams``; sample ``i`` wears adapter ``i`` of ``lora``.
+
+        ``options`` go to transformers' ``generate`` unchanged (a streamer, sampling, ...).
+        """
+        chosen = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **options}
+        with self.wearing(lora):
+            tokens = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                max_new_tokens=max_new_tokens,
+                num_beams=beams,
+                eos_token_id=list(stop_ids) if stop_ids else None,
+                pad_token_id=pad_id,
+                **chosen,
+            )
+        return tokens[:, input_ids.shape[1] :]
+
+    def _hook_linears(self, targets: tuple[str, ...]) -> tuple[tuple[LinearShape, ...], ...]:
+        prefixes = {id(module): path for path, module in self.model.named_modules()}
+        shapes = []
+        for layer in self._layers:
+            linears = {path.rsplit(".", 1)[-1]: module for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+            missing = [name for name in targets if name not in linears]
+            if missing:
+                raise ValueError(
+                    f"{prefixes[id(layer)]} of {type(self.model).__name__} has no linear called {', '.join(missing)}: "
+                    f"set hypernetwork.targets to some of {', '.join(linears)}"
+                )
+            for name in targets:
+                linears[name].register_forward_hook(functools.partial(self._add_update, prefixes[id(linears[name])]))
+            shapes.append(
+                tuple(LinearShape(prefixes[id(linears[n])], linears[n].in_features, linears[n].out_features) for n in targets)
+            )
+        return tuple(shapes)
+
+    def _layer_forward(self, forward: Callable[..., Tensor], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        lora = self._wearing.pass_lora
+
+        def run(hidden: Tensor) -> Tensor:
+            before = self._wearing.layer_lora
+            self._wearing.layer_lora = lora
+            try:
+                return forward(hidden, *args, **kwargs)
+            finally:
+                self._wearing.layer_lora = before
+
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            output = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
+        else:
+            output = run(hidden)
+        if self._wearing.tap is not None:
+            # A copy, so that the list does not keep the whole sequence of every layer alive.
+            self._wearing.tap.append(output[:, -self._wearing.tap_tokens :].clone())
+        return output
+
+    def _add_update(self, path: str, _linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        lora = self._wearing.layer_lora
+        if lora is None:
+            return None
+        a, b = (weight.to(output.dtype) for weight in lora[path])
+        if a.shape[0] == 1:
+            x = args[0].flatten(0, -2)
+            return torch.addmm(output.flatten(0, -2), x @ a[0], b[0]).view_as(output)
+        samples = args[0].shape[0]
+        if samples % a.shape[0]:
+            raise ValueError(f"a batch of {samples} cannot wear {a.shape[0]} adapters: give one per sample, or a multiple of them")
+        x = args[0].reshape(a.shape[0], -1, args[0].shape[-1])
+        return torch.baddbmm(output.reshape(a.shape[0], -1, output.shape[-1]), x @ a, b).view_as(output)

@@ -1,0 +1,116 @@
+"""ChatML text, special tokens, and which tokens are labels.
+
+Everything SHINE sees is plain ChatML: no system turn, no think block. We render it ourselves because chat templates differ
+in both (SmolLM2's adds a system turn, Qwen3's a think block).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from shine.config import TaskTokens
+
+IGNORE = -100
+"""The label of a token that is not scored."""
+
+START, END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """Token ids and labels of a conversation, both ``[T]``; ``dropped`` tokens were cut at its end to fit."""
+
+    input_ids: list[int]
+    labels: list[int]
+    dropped: int = 0
+
+    @property
+    def label_count(self) -> int:
+        return sum(label != IGNORE for label in self.labels)
+
+
+def render(message: Message) -> str:
+    """A message as ChatML."""
+    return f"{START}{message.role}\n{message.content}{END}\n"
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, task_tokens: TaskTokens, *, embedding_rows: int) -> None:
+    """Make sure the task tokens and ChatML marks are single tokens; new ones go to spare rows of the embedding.
+
+    Raises:
+        ValueError: the vocabulary has no ChatML marks, or no spare row is left for the task tokens.
+    """
+    for mark in (START, END):
+        if mark not in tokenizer.get_vocab():
+            raise ValueError(f"this tokenizer has no {mark}: SHINE speaks ChatML, choose a backbone that knows it (an instruct model)")
+    names = [task_tokens.reconstruct, task_tokens.complete, task_tokens.nothing]
+    missing = [name for name in names if name not in tokenizer.get_vocab()]
+    if len(tokenizer) + len(missing) > embedding_rows:
+        spare = [name for name in tokenizer.all_special_tokens if name not in (START, END)]
+        raise ValueError(
+            f"no spare embedding row for {', '.join(missing)} ({len(tokenizer)} tokens, {embedding_rows} rows): set "
+            f"backbone.task_tokens to special tokens the vocabulary has and does not need, some of {', '.join(spare)}"
+        )
+    tokenizer.add_tokens(missing, special_tokens=True)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of ``text`` with nothing added around it."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, max_length: int | None = None
+) -> EncodedConversation:
+    """Tokenise a conversation; labels are each answer, its end token and newline, everything else is ignored.
+
+    Args:
+        messages: the turns in order.
+        max_length: tokens beyond this are dropped at the end.
+    """
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for message in messages:
+        header = token_ids(tokenizer, f"{START}{message.role}\n")
+        body = token_ids(tokenizer, f"{message.content}{END}\n")
+        input_ids += header + body
+        labels += [IGNORE] * len(header) + (body if message.role == "assistant" else [IGNORE] * len(body))
+    limit = len(input_ids) if max_length is None else max_length
+    return EncodedConversation(input_ids[:limit], labels[:limit], dropped=max(len(input_ids) - limit, 0))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, assistant_prefix: str = "") -> list[int]:
+    """Ids of a conversation that ends where the assistant's next answer begins."""
+    ids = [i for message in messages for i in token_ids(tokenizer, render(message))]
+    return ids + token_ids(tokenizer, f"{START}assistant\n{assistant_prefix}")
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer."""
+    vocabulary = tokenizer.get_vocab()
+    ids = {vocabulary[mark] for mark in (END, END_OF_TEXT) if mark in vocabulary}
+    return sorted(ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()))
+
+
+def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The end-of-text token that stands between grouped texts."""
+    return tokenizer.get_vocab().get(END_OF_TEXT, tokenizer.eos_token_id)
+
+
+def clean_answer(text: str) -> str:
+    """The answer itself: without a think block, closed or not, and without surrounding white space."""
+    if "</think>" in text:
+        text = text.rsplit("</think>", 1)[1]
+    return text.replace("<think>", "").strip()

@@ -1,0 +1,248 @@
+"""What a backbone, a hypernetwork, a stage, a run and an evaluation are: frozen, typed, checked where they enter."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import field, fields, is_dataclass
+from typing import Any, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+T = TypeVar("T")
+_STRICT = ConfigDict(extra="forbid")
+StageName = Literal["pretrain", "mqa", "1qa"]
+MethodName = Literal["shine", "in_context", "only_question"]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TaskTokens:
+    """The tokens that ask for a reconstruction, a completion, or nothing.
+
+    They are added to the tokenizer in this order where the vocabulary lacks them and the embedding has spare rows (Qwen3);
+    where it has none (SmolLM2), they name unused special tokens of the vocabulary.
+    """
+
+    reconstruct: str = "<RECON>"
+    complete: str = "<COMP>"
+    nothing: str = "<NOTHING>"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class BackboneConfig:
+    """Which frozen model, and how it is held.
+
+    Attributes:
+        path: a folder, a hub id, or the name of a model that `shine.zoo` knows.
+        dtype: of the frozen weights and of the passes through them.
+        device: ``auto`` takes CUDA where there is some.
+        attention: transformers' ``attn_implementation``.
+        activation_checkpointing: recompute layers in the backward pass.
+    """
+
+    path: str
+    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    device: str = "auto"
+    attention: str = "sdpa"
+    activation_checkpointing: bool = False
+    task_tokens: TaskTokens = field(default_factory=TaskTokens)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class M2PConfig:
+    """Depth, heads and feed-forward width of the M2P transformer; ``None`` derives heads from ``H`` and the width as ``2 H``."""
+
+    layers: int = 4
+    heads: int | None = None
+    feed_forward: int | None = None
+    layers_first: bool = True
+
+
+@dataclass(frozen=True, config=_STRICT)
+class HypernetworkConfig:
+    """Ranks, scale, layout and depth; the number of memory tokens follows from them.
+
+    Attributes:
+        rank: of the generated LoRA.
+        meta_rank: of the LoRA worn while encoding.
+        scale: of the generated update; A and B each get its square root.
+        layout: how A, then B, lie in the state; see `LoRALayout`.
+        targets: the linears of each layer that get a LoRA, in the order in which the state is cut.
+        memory_std: memory tokens start at N(0, this).
+        meta_std: the meta LoRA's A starts at N(0, this), its B at zero.
+    """
+
+    rank: int = 8
+    meta_rank: int = 128
+    scale: float = 1e-3
+    layout: Literal["rl", "lr", "rr", "ll"] = "rl"
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    memory_std: float = 0.02
+    meta_std: float = 1e-3
+    m2p: M2PConfig = field(default_factory=M2PConfig)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SourceConfig:
+    """Where examples come from.
+
+    Attributes:
+        kind: which reader; see `shine.data.sources`.
+        path: the folder or file; ``worlds`` invents its examples and has none.
+        split: which split of the folder.
+        limit: take only the first so many contexts.
+        options: what the reader of this kind takes beside these.
+    """
+
+    kind: str
+    path: str | None = None
+    split: str = "train"
+    limit: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataConfig:
+    """Named sources, mixed by simple union: ``train`` to learn from, ``validation`` to watch while training."""
+
+    train: Mapping[str, SourceConfig]
+    validation: Mapping[str, SourceConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class StageConfig:
+    """One stage of the recipe.
+
+    Attributes:
+        name: pretrain, mqa or 1qa.
+        context_length: most tokens of a context.
+        conversation_length: most tokens of a conversation.
+        epochs: passes over the data, unless ``steps`` says how many optimizer steps.
+        batch_size: sequences an optimizer step, over all ranks and micro-batches.
+        micro_batch_size: sequences a forward pass of one rank.
+        learning_rate: the peak, reached after ``warmup_steps`` and brought down to zero linearly.
+        clip: largest global gradient norm.
+        evaluate_every, save_every, log_every: in steps; zero means never (save: only at the end).
+        evaluation_batches: how many validation batches each evaluation looks at.
+        keep: how many step checkpoints stay on disk.
+    """
+
+    name: StageName
+    context_length: int
+    conversation_length: int
+    learning_rate: float
+    warmup_steps: int
+    epochs: float = 1.0
+    steps: int | None = None
+    batch_size: int = 32
+    micro_batch_size: int = 1
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    evaluate_every: int = 0
+    evaluation_batches: int = 8
+    save_every: int = 0
+    log_every: int = 10
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}: make it one")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        checkpoint: the previous stage's directory to start from; ``None`` starts the hypernetwork at random.
+        resume: ``latest`` or a step directory of this run to continue from.
+        output: where the run writes.
+    """
+
+    backbone: BackboneConfig
+    hypernetwork: HypernetworkConfig
+    stage: StageConfig
+    data: DataConfig
+    output: str
+    checkpoint: str | None = None
+    resume: str | None = None
+    seed: int = 42
+
+
+@dataclass(frozen=True, config=_STRICT)
+class PromptConfig:
+    """What the baselines see. ``{context}`` and ``{question}`` are filled in; ``assistant_prefix`` opens the answer.
+
+    Attributes:
+        system: the system turn of both baselines; empty leaves the turn out.
+        in_context: the user turn of In-Context's first question; later questions stand alone.
+        repeat: the question that stands for `TaskTokens.reconstruct` where a baseline is asked to reconstruct.
+        complete: likewise for a completion.
+        assistant_prefix: text that the answer starts after, such as Qwen3's empty think block.
+    """
+
+    system: str
+    in_context: str = "{context}\n\n{question}"
+    repeat: str = "Repeat the text above, word for word."
+    complete: str = "Write the text above once more, word for word, and continue it to its end."
+    assistant_prefix: str = ""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvaluationConfig:
+    """An evaluation run.
+
+    Attributes:
+        checkpoint: a hypernetwork directory, ours or a released three-file one.
+        hypernetwork: only read for what a released directory does not record.
+        history: what earlier turns of a conversation hold, the method's own answers or the gold ones.
+        lengths: upper bounds, in tokens, of the length buckets of a pretraining evaluation.
+        hide: share of the words that a completion hides from the context (least, most).
+    """
+
+    backbone: BackboneConfig
+    hypernetwork: HypernetworkConfig
+    data: Mapping[str, SourceConfig]
+    prompts: PromptConfig
+    checkpoint: str
+    output: str
+    methods: tuple[MethodName, ...] = ("shine", "in_context", "only_question")
+    batch_size: int = 16
+    max_new_tokens: int = 64
+    context_length: int = 1150
+    history: Literal["own", "gold"] = "own"
+    lengths: tuple[int, ...] = (100, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1100)
+    seed: int = 42
+
+
+def parse(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Plain nested values (what a YAML file holds) to a configuration.
+
+    Raises:
+        ValueError: an unknown key, a missing one, or a value of the wrong type or range; each line names the key and the remedy.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        lines = [_explain(kind, problem) for problem in error.errors()]
+        raise ValueError("the configuration does not hold:\n  " + "\n  ".join(lines)) from None
+
+
+def _explain(kind: type, problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _keys_beside(kind, problem["loc"])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        return f"{key}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{key}: missing; set {key}=..."
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    return f"{key}: {message} (it is {problem['input']!r})" if not isinstance(problem["input"], Mapping) else f"{key}: {message}"
+
+
+def _keys_beside(kind: Any, location: tuple[Any, ...]) -> list[str]:
+    for part in location[:-1]:
+        kind = next((f.type for f in fields(kind) if f.name == part), None) if is_dataclass(kind) else None
+        kind = globals().get(kind, kind) if isinstance(kind, str) else kind
+    return [f.name for f in fields(kind)] if is_dataclass(kind) else []

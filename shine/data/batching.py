@@ -1,0 +1,114 @@
+"""How samples become batches: order, left padding, and where the labels are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from shine.chat import IGNORE
+from shine.data.samples import Sample, StageSamples
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side, left-padded to the longest of the batch.
+
+    Attributes:
+        ids: the samples' names.
+        context_ids: ``[B, T_context]``.
+        context_mask: ``[B, T_context]``, or ``None`` when nothing is padded.
+        input_ids: ``[B, T]``, the conversations.
+        input_mask: ``[B, T]``, or ``None`` when nothing is padded.
+        label_positions: ``[N]``, where the labels are in the flattened ``[B * T]`` conversations.
+        label_ids: ``[N]``, the labels.
+        tokens: context and conversation tokens, padding not counted.
+    """
+
+    ids: tuple[str, ...]
+    context_ids: Tensor
+    context_mask: Tensor | None
+    input_ids: Tensor
+    input_mask: Tensor | None
+    label_positions: Tensor
+    label_ids: Tensor
+    tokens: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+
+def pad_left(rows: Sequence[Sequence[int]], *, value: int) -> tuple[Tensor, Tensor | None]:
+    """Rows of ids as ``[B, T]`` with their mask, ``None`` when all rows are equally long."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[value] * (width - len(row)) + list(row) for row in rows])
+    if all(len(row) == width for row in rows):
+        return ids, None
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+
+def collate(samples: Sequence[Sample], *, pad_id: int) -> Batch:
+    """Samples to one batch."""
+    context_ids, context_mask = pad_left([sample.context_ids for sample in samples], value=pad_id)
+    input_ids, input_mask = pad_left([sample.input_ids for sample in samples], value=pad_id)
+    labels = pad_left([sample.labels for sample in samples], value=IGNORE)[0].flatten()
+    positions = (labels != IGNORE).nonzero().squeeze(1)
+    return Batch(
+        ids=tuple(sample.id for sample in samples),
+        context_ids=context_ids,
+        context_mask=context_mask,
+        input_ids=input_ids,
+        input_mask=input_mask,
+        label_positions=positions,
+        label_ids=labels[positions],
+        tokens=sum(sample.tokens for sample in samples),
+    )
+
+
+@dataclass
+class SampleStream:
+    """Global batches of samples without end, in an order that (seed, epoch, offset) fixes for any number of ranks.
+
+    ``epoch`` and ``offset`` say where the next batch begins; setting them continues a stream exactly.
+    """
+
+    samples: StageSamples
+    batch_size: int
+    seed: int
+    epoch: int = 0
+    offset: int = 0
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        return self
+
+    def __next__(self) -> list[Sample]:
+        """The next ``batch_size`` samples; skipped ones are replaced by those that follow.
+
+        Raises:
+            ValueError: a whole epoch held no usable sample.
+        """
+        batch: list[Sample] = []
+        fruitless = 0
+        while len(batch) < self.batch_size:
+            order = self._order()
+            sample = self.samples.sample(order[self.offset], epoch=self.epoch)
+            fruitless = 0 if sample is not None else fruitless + 1
+            if fruitless > len(self.samples):
+                raise ValueError(f"no sample is usable: {self.samples.tally}; raise stage.conversation_length")
+            if sample is not None:
+                batch.append(sample)
+            self.offset += 1
+            if self.offset == len(self.samples):
+                self.epoch, self.offset = self.epoch + 1, 0
+        return batch
+
+    def _order(self) -> list[int]:
+        if getattr(self, "_ordered_epoch", None) != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            self._ordered: list[int] = torch.randperm(len(self.samples), generator=generator).tolist()
+            self._ordered_epoch = self.epoch
+        return self._ordered

@@ -1,0 +1,208 @@
+"""From examples to samples: token ids and labels of one training sequence, for each stage."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from shine.chat import IGNORE, Message, encode_conversation, separator_id, token_ids
+from shine.config import StageConfig, TaskTokens
+from shine.data.examples import Example
+from shine.data.grouping import first_fit
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence pair: the context that becomes a LoRA, and the conversation it is judged on."""
+
+    id: str
+    context_ids: list[int]
+    input_ids: list[int]
+    labels: list[int]
+    context_dropped: int = 0
+    conversation_dropped: int = 0
+
+    @property
+    def label_count(self) -> int:
+        return sum(label != IGNORE for label in self.labels)
+
+    @property
+    def tokens(self) -> int:
+        """Context and conversation tokens together, padding not counted."""
+        return len(self.context_ids) + len(self.input_ids)
+
+
+@dataclass
+class CutTally:
+    """What did not fit, so that nothing is cut in silence."""
+
+    samples: int = 0
+    contexts_cut: int = 0
+    context_tokens_dropped: int = 0
+    conversations_cut: int = 0
+    conversation_tokens_dropped: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, sample: Sample) -> None:
+        self.samples += 1
+        self.contexts_cut += sample.context_dropped > 0
+        self.context_tokens_dropped += sample.context_dropped
+        self.conversations_cut += sample.conversation_dropped > 0
+        self.conversation_tokens_dropped += sample.conversation_dropped
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.samples:,} samples: {self.contexts_cut:,} contexts cut ({self.context_tokens_dropped:,} tokens), "
+            f"{self.conversations_cut:,} conversations cut ({self.conversation_tokens_dropped:,} tokens)"
+        )
+        return text + "".join(f", {count:,} skipped: {reason}" for reason, count in sorted(self.skipped.items()))
+
+
+class StageSamples(Protocol):
+    """The samples of a stage: sample ``index`` as it is in ``epoch``, or ``None`` when it had to be skipped."""
+
+    tally: CutTally
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, *, epoch: int) -> Sample | None: ...
+
+
+class AnswerSamples:
+    """The QA stages: all turns of a context as one conversation (mqa), or each question by itself (1qa)."""
+
+    def __init__(self, examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, stage: StageConfig) -> None:
+        self.tokenizer = tokenizer
+        self.stage = stage
+        self.tally = CutTally()
+        self.items: list[Example] = []
+        for example in examples:
+            if not example.context.strip() or not example.turns:
+                self.tally.skipped["empty context" if example.turns else "no question"] += 1
+            elif stage.name == "mqa":
+                self.items.append(example)
+            else:
+                self.items += [Example(f"{example.id}/{n}", example.context, (turn,)) for n, turn in enumerate(example.turns)]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def sample(self, index: int, *, epoch: int) -> Sample | None:
+        example = self.items[index]
+        messages = [m for t in example.turns for m in (Message("user", t.question), Message("assistant", t.answer))]
+        encoded = encode_conversation(self.tokenizer, messages, max_length=self.stage.conversation_length)
+        if not encoded.label_count:
+            self.tally.skipped["no label left after truncation"] += 1
+            return None
+        context = token_ids(self.tokenizer, example.context)
+        kept = context[: self.stage.context_length]
+        sample = Sample(example.id, kept, encoded.input_ids, encoded.labels, len(context) - len(kept), encoded.dropped)
+        self.tally.add(sample)
+        return sample
+
+
+class PretrainSamples:
+    """Reconstruction and completion of short texts grouped to the budget (paper, section on pretraining).
+
+    The contexts of a group are joined by the end-of-text token; each text has its own turn, whose answer is the whole text in
+    both tasks: a completion hides the last 10 to 30 % of the words from the context only. Contexts and turns are shuffled
+    independently, anew in each epoch. Texts longer than the budget are split at a word into pieces that fit it.
+
+    Args:
+        tasks: restrict to one of ``("reconstruct", "complete")``, or use both, half and half.
+    """
+
+    HIDE = (0.1, 0.3)
+
+    def __init__(
+        self,
+        examples: Iterable[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        stage: StageConfig,
+        *,
+        task_tokens: TaskTokens,
+        seed: int,
+        tasks: Sequence[str] = ("reconstruct", "complete"),
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.tally = CutTally()
+        self.seed = seed
+        self.tasks = tuple(tasks)
+        self.task_tokens = task_tokens
+        self.separator = separator_id(tokenizer)
+        overhead = len(encode_conversation(tokenizer, self._turn("reconstruct", "")).input_ids)
+        budget = min(stage.context_length - 1, stage.conversation_length - overhead)
+        if budget < 1:
+            raise ValueError(f"stage.conversation_length={stage.conversation_length} leaves no room for a text: make it more than {overhead}")
+        pieces = [piece for example in examples for piece in split_text(tokenizer, example.context, budget=budget)]
+        self.texts = [text for text, _ in pieces]
+        # A text costs its separator in the context and its turn's marks in the conversation: both must fit.
+        costs = [(length + 1, length + overhead) for _, length in pieces]
+        self.groups = first_fit(costs, limits=(stage.context_length, stage.conversation_length))
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def sample(self, index: int, *, epoch: int) -> Sample | None:
+        rng = random.Random(f"{self.seed} {epoch} {index}")
+        members = [(self.texts[member], rng.choice(self.tasks), rng.uniform(*self.HIDE)) for member in self.groups[index]]
+        rng.shuffle(members)
+        context_ids: list[int] = []
+        for text, task, share in members:
+            visible = text if task == "reconstruct" else hide_end(text, share)
+            context_ids += ([self.separator] if context_ids else []) + token_ids(self.tokenizer, visible)
+        rng.shuffle(members)
+        encoded = encode_conversation(self.tokenizer, [m for text, task, _ in members for m in self._turn(task, text)])
+        sample = Sample(f"group-{index}", context_ids, encoded.input_ids, encoded.labels)
+        self.tally.add(sample)
+        return sample
+
+    def _turn(self, task: str, text: str) -> list[Message]:
+        return [Message("user", getattr(self.task_tokens, task)), Message("assistant", text)]
+
+
+def hide_end(text: str, share: float) -> str:
+    """``text`` without the last ``share`` of its words; the first word always stays."""
+    words = list(re.finditer(r"\S+", text))
+    kept = max(round(len(words) * (1 - share)), 1)
+    return text[: words[kept - 1].end()] if words else text
+
+
+def split_text(tokenizer: PreTrainedTokenizerBase, text: str, *, budget: int) -> list[tuple[str, int]]:
+    """``text`` as pieces of at most ``budget`` tokens with their token counts, broken at white space where there is some."""
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = encoding["offset_mapping"]
+    if len(offsets) <= budget:
+        return [(text, len(offsets))] if offsets else []
+    end = offsets[budget][0]
+    broken = max(text.rfind(mark, 0, end) for mark in (" ", "\n"))
+    end = broken if broken > 0 else end
+    head, tail = text[:end].strip(), text[end:].strip()
+    # Cut off by itself, a piece may tokenise a little differently: count it as it will be read.
+    length = len(token_ids(tokenizer, head))
+    first = [(head, length)] if length <= budget else split_text(tokenizer, head, budget=budget)
+    return first + split_text(tokenizer, tail, budget=budget)
+
+
+def build_samples(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, stage: StageConfig, *, task_tokens: TaskTokens, seed: int
+) -> StageSamples:
+    """The samples of a stage.
+
+    Raises:
+        ValueError: the sources hold nothing that this stage can use.
+    """
+    samples: StageSamples
+    if stage.name == "pretrain":
+        samples = PretrainSamples(examples, tokenizer, stage, task_tokens=task_tokens, seed=seed)
+    else:
+        samples = AnswerSamples(examples, tokenizer, stage)
+    if not len(samples):
+        raise ValueError(f"no sample for stage {stage.name}: the sources are empty, or hold no {'text' if stage.name == 'pretrain' else 'question'}")
+    return samples

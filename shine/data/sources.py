@@ -1,0 +1,132 @@
+"""Where examples come from: one small reader per kind of source, all giving the same `Example`.
+
+Folders are read in the layout the hub gives them (``hf download``), whatever is in them: parquet, JSON or text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shine.config import SourceConfig
+from shine.data.examples import Example, Turn
+from shine.data.worlds import World
+
+
+def read_source(config: SourceConfig) -> Iterator[Example]:
+    """Examples of a source, one after the other.
+
+    Raises:
+        ValueError: an unknown kind, a missing folder, a column or field that is not there; the message names the place.
+    """
+    if config.kind not in READERS:
+        raise ValueError(f"unknown data source {config.kind!r}: choose one of {', '.join(READERS)}")
+    try:
+        examples = READERS[config.kind](config, **config.options)
+    except TypeError as error:
+        raise ValueError(f"data source {config.kind!r} does not take these options: {error}") from None
+    return itertools.islice(examples, config.limit)
+
+
+def read_squad(config: SourceConfig) -> Iterator[Example]:
+    """SQuAD: one example a passage, with all its questions; every gold answer counts, the first is learned."""
+    rows = _rows(config, ("id", "context", "question", "answers"))
+    for context, group in itertools.groupby(rows, key=lambda row: row["context"]):
+        members = list(group)
+        turns = tuple(Turn(row["question"].strip(), tuple(dict.fromkeys(row["answers"]["text"]))) for row in members)
+        yield Example(id=members[0]["id"], context=context, turns=turns)
+
+
+def read_race(config: SourceConfig, *, cloze: bool = True) -> Iterator[Example]:
+    """RACE as question and answer: the question alone, answered by the text of the right option.
+
+    Args:
+        cloze: keep the questions that are sentences with a blank (about half of them).
+    """
+    rows = _rows(config, ("example_id", "article", "question", "options", "answer"))
+    for index, (article, group) in enumerate(itertools.groupby(rows, key=lambda row: row["article"])):
+        members = [row for row in group if cloze or "_" not in row["question"]]
+        turns = tuple(Turn(row["question"].strip(), (row["options"]["ABCD".index(row["answer"])].strip(),)) for row in members)
+        if turns:
+            yield Example(id=f"{members[0]['example_id']}#{index}", context=article, turns=turns)
+
+
+def read_text(config: SourceConfig, *, column: str = "text") -> Iterator[Example]:
+    """Plain texts: one example a row of the ``text`` column, without turns; empty rows are left out."""
+    for index, row in enumerate(_rows(config, (column,))):
+        if row[column].strip():
+            yield Example(id=f"{config.split}-{index}", context=row[column].strip())
+
+
+def read_jsonl(config: SourceConfig) -> Iterator[Example]:
+    """A user's own file, one object a line: ``{"context": ..., "turns": [{"question": ..., "answers": [...]}]}``.
+
+    ``id`` and ``kind`` are optional, and so are the turns where only the context matters.
+    """
+    path = _existing(config)
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _parse_line(line, f"{path}:{number}")
+
+
+def read_worlds(
+    config: SourceConfig, *, count: int, seed: int, facts: tuple[int, int] = (4, 6), people: tuple[int, int] = (2, 3)
+) -> Iterator[Example]:
+    """Invented worlds, ``count`` contexts drawn from ``seed``."""
+    return World(facts=(facts[0], facts[1]), people=(people[0], people[1]), seed=seed).examples(count)
+
+
+READERS: dict[str, Callable[..., Iterator[Example]]] = {
+    "squad": read_squad,
+    "race": read_race,
+    "text": read_text,
+    "jsonl": read_jsonl,
+    "worlds": read_worlds,
+}
+
+
+def _existing(config: SourceConfig) -> Path:
+    if config.path is None:
+        raise ValueError(f"data source {config.kind!r} needs a path: set it to the folder that holds the data")
+    path = Path(config.path).expanduser()
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder; download the data there, or set the path of this {config.kind!r} source")
+    return path
+
+
+def _rows(config: SourceConfig, columns: tuple[str, ...]) -> Iterator[Mapping[str, Any]]:
+    import datasets
+
+    path = _existing(config)
+    try:
+        table = datasets.load_dataset(str(path), split=config.split, streaming=True)
+        first = next(iter(table), None)
+    except Exception as error:  # the library raises many kinds, each with its own text
+        raise ValueError(f"{path}: cannot read split {config.split!r} ({type(error).__name__}: {error})") from error
+    missing = [name for name in columns if first is not None and name not in first]
+    if missing:
+        raise ValueError(f"{path}: no column {', '.join(missing)} (there are {', '.join(first or {})}); is it a {config.kind!r} folder?")
+    return iter(table)
+
+
+def _parse_line(line: str, place: str) -> Example:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON ({error.msg} at column {error.colno})") from None
+    context = row.get("context") if isinstance(row, dict) else None
+    if not isinstance(context, str) or not context.strip():
+        raise ValueError(f'{place}: "context" must be a text that is not empty')
+    turns = []
+    for turn in row.get("turns", []):
+        answers = turn.get("answers") if isinstance(turn, dict) else None
+        if not isinstance(turn, dict) or not isinstance(turn.get("question"), str) or not isinstance(answers, list):
+            raise ValueError(f'{place}: each turn needs a "question" (text) and "answers" (list of texts)')
+        if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+            raise ValueError(f'{place}: "answers" must hold at least one text, none of them empty')
+        turns.append(Turn(turn["question"], tuple(answers), str(turn.get("kind", ""))))
+    return Example(id=str(row.get("id", place)), context=context, turns=tuple(turns))

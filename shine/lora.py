@@ -1,0 +1,185 @@
+"""The generated LoRA: what it is, and how a flat memory state is cut into one.
+
+A LoRA maps the path of a linear inside the backbone to a pair ``(A, B)`` with ``A [B, in, r]`` and ``B [B, r, out]``; the
+linear then computes ``x W^T + bias + (x A) B``. Any scale is already inside the pair. A leading size of one stands for
+"the same for every sample".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("rl", "lr", "rr", "ll")
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear of the backbone that a LoRA touches: its module path, input and output features."""
+
+    path: str
+    in_features: int
+    out_features: int
+
+    def parameters(self, rank: int) -> int:
+        """Number of values in ``A`` and ``B`` together at this rank."""
+        return rank * (self.in_features + self.out_features)
+
+
+@dataclass(frozen=True)
+class LoRA(Mapping[str, tuple[Tensor, Tensor]]):
+    """A LoRA for every target linear: module path -> ``(A [B, in, r], B [B, r, out])``.
+
+    A value: no method changes the object it is called on.
+    """
+
+    weights: Mapping[str, tuple[Tensor, Tensor]]
+
+    def __getitem__(self, path: str) -> tuple[Tensor, Tensor]:
+        return self.weights[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    @property
+    def batch(self) -> int:
+        """Number of adapters side by side."""
+        return next(iter(self.weights.values()))[0].shape[0]
+
+    def scale(self, strength: float) -> LoRA:
+        """The update times ``strength`` (only ``B`` is scaled, so that the update is linear in it)."""
+        return LoRA({path: (a, b * strength) for path, (a, b) in self.items()})
+
+    def select(self, samples: Sequence[int] | Tensor) -> LoRA:
+        """The adapters of the given samples, in that order; a sample may be taken several times."""
+        index = torch.as_tensor(samples, dtype=torch.long, device=next(iter(self.values()))[0].device)
+        return LoRA({path: (a.index_select(0, index), b.index_select(0, index)) for path, (a, b) in self.items()})
+
+    def detach(self) -> LoRA:
+        """The same values, cut off from the graph that made them."""
+        return LoRA({path: (a.detach(), b.detach()) for path, (a, b) in self.items()})
+
+    @staticmethod
+    def concat(loras: Sequence[LoRA]) -> LoRA:
+        """One LoRA whose update is the exact sum of the updates: ranks are laid side by side.
+
+        Raises:
+            ValueError: no LoRA was given, or they do not touch the same linears.
+        """
+        if not loras:
+            raise ValueError("nothing to concatenate: give at least one LoRA")
+        for other in loras[1:]:
+            if set(other) != set(loras[0]):
+                odd = sorted(set(other) ^ set(loras[0]))[0]
+                raise ValueError(f"these LoRAs do not touch the same linears ({odd} is in one only): make them with one hypernetwork")
+        return LoRA({
+            path: (torch.cat([lora[path][0] for lora in loras], dim=2), torch.cat([lora[path][1] for lora in loras], dim=1))
+            for path in loras[0]
+        })
+
+    @staticmethod
+    def stack(loras: Sequence[LoRA]) -> LoRA:
+        """The adapters of all LoRAs side by side in one batch (equal ranks)."""
+        return LoRA({
+            path: (torch.cat([lora[path][0] for lora in loras]), torch.cat([lora[path][1] for lora in loras])) for path in loras[0]
+        })
+
+    def cosine(self) -> Tensor:
+        """Cosine between the updates of every two samples, over all linears together, ``[B, B]``.
+
+        Near one off the diagonal means collapse: every context gets the same adapter.
+        """
+        gram: Tensor | float = 0.0
+        for a, b in self.values():
+            # <A1 B1, A2 B2> = sum((A1^T A2) * (B1 B2^T)), without ever building the [in, out] updates.
+            inner_a = torch.einsum("xir,yis->xyrs", a.float(), a.float())
+            inner_b = torch.einsum("xro,yso->xyrs", b.float(), b.float())
+            gram = gram + (inner_a * inner_b).sum((-1, -2))
+        assert isinstance(gram, Tensor)
+        norm = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
+        return gram / (norm[:, None] * norm[None, :])
+
+    def effective_rank(self) -> Tensor:
+        """Mean over samples and linears of exp(entropy of the update's normalised singular values), between 1 and r."""
+        ranks = []
+        for a, b in self.values():
+            r_a = torch.linalg.qr(a.float(), mode="r").R
+            r_b = torch.linalg.qr(b.float().mT, mode="r").R
+            singular = torch.linalg.svdvals(r_a @ r_b.mT)
+            share = singular / singular.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+            ranks.append(torch.special.entr(share).sum(-1).exp())
+        return torch.stack(ranks).mean()
+
+
+@dataclass(frozen=True)
+class LoRALayout:
+    """How the flat state of each layer becomes that layer's LoRA.
+
+    ``layers[l]`` holds the linears of layer ``l`` in the order in which the state is cut: for each linear first A, then B,
+    both times ``sqrt(scale)``. The two letters of ``order`` say how A, then B, lie in memory: for A, ``r`` is
+    ``view(in, r)`` and ``l`` is ``view(r, in)`` transposed; for B, ``l`` is ``view(r, out)`` and ``r`` is ``view(out, r)``
+    transposed. ``rl`` is the published default (paper, section on the memory-to-parameter transformer).
+    """
+
+    layers: tuple[tuple[LinearShape, ...], ...]
+    rank: int
+    order: str = "rl"
+    scale: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.order not in LAYOUTS:
+            raise ValueError(f"unknown layout {self.order!r}: choose one of {', '.join(LAYOUTS)}")
+        if self.rank < 1:
+            raise ValueError(f"the LoRA rank must be at least 1, not {self.rank}")
+        if self.scale <= 0:
+            raise ValueError(f"the LoRA scale must be positive, not {self.scale}")
+        for shape in self.layers[0]:
+            if self.rank > min(shape.in_features, shape.out_features):
+                raise ValueError(
+                    f"rank {self.rank} does not fit {shape.path} ({shape.in_features} -> {shape.out_features}): "
+                    f"choose a rank up to {min(shape.in_features, shape.out_features)}"
+                )
+
+    @property
+    def values_per_layer(self) -> int:
+        """The longest layer's number of LoRA values."""
+        return max(sum(shape.parameters(self.rank) for shape in layer) for layer in self.layers)
+
+    def memory_tokens(self, hidden_size: int) -> int:
+        """How many memory tokens of ``hidden_size`` hold one layer's values: rounded up, the tail is dropped."""
+        return math.ceil(self.values_per_layer / hidden_size)
+
+    def cut(self, state: Tensor) -> LoRA:
+        """Cut a flat state ``[B, L, N]``, ``N >= values_per_layer``, into a LoRA. Values beyond the last linear are dropped."""
+        assert state.dim() == 3 and state.shape[1] == len(self.layers) and state.shape[2] >= self.values_per_layer
+        state = state * math.sqrt(self.scale)
+        weights: dict[str, tuple[Tensor, Tensor]] = {}
+        for index, layer in enumerate(self.layers):
+            sizes = [size * self.rank for shape in layer for size in (shape.in_features, shape.out_features)]
+            row = state[:, index]
+            pieces = iter(row[:, : sum(sizes)].split(sizes, dim=1))
+            for shape in layer:
+                weights[shape.path] = (
+                    self._view(next(pieces), shape.in_features, self.rank, rows_first=self.order[0] == "r"),
+                    self._view(next(pieces), self.rank, shape.out_features, rows_first=self.order[1] == "l"),
+                )
+        return LoRA(weights)
+
+    @staticmethod
+    def _view(flat: Tensor, rows: int, columns: int, *, rows_first: bool) -> Tensor:
+        if rows_first:
+            return flat.unflatten(1, (rows, columns))
+        return flat.unflatten(1, (columns, rows)).mT
