@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from shine.chat import IGNORE
 from shine.data.samples import Sample, StageSamples
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Batch:
         """The batch on another device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+
+def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Consecutive pieces of at most ``size`` items."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def pad_left(rows: Sequence[Sequence[int]], *, value: int) -> tuple[Tensor, Tensor | None]:

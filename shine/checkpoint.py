@@ -1,0 +1,207 @@
+"""Hypernetworks on disk: our directories, and the published three-file ones.
+
+Ours holds ``config.json`` (written last) and ``hypernetwork.safetensors``. A released directory holds ``mem_tokens.pt``,
+``metanetwork.pth`` and ``metalora.pth`` and no configuration: heads, scale, layout and which attention comes first cannot be
+read off its tensors and come from the experiment's configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import shine
+from shine.backbone import Backbone
+from shine.config import BackboneConfig, HypernetworkConfig, parse
+from shine.hypernetwork import Hypernetwork
+
+FORMAT = 1
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "hypernetwork.safetensors"
+RELEASED_FILES = ("mem_tokens.pt", "metanetwork.pth", "metalora.pth")
+_RELEASED_LAYER = {
+    "self_attn.in_proj_weight": "qkv.weight",
+    "self_attn.in_proj_bias": "qkv.bias",
+    "self_attn.out_proj.weight": "out.weight",
+    "self_attn.out_proj.bias": "out.bias",
+    "linear1.weight": "up.weight",
+    "linear1.bias": "up.bias",
+    "linear2.weight": "down.weight",
+    "linear2.bias": "down.bias",
+}
+_RELEASED_META = {"attention": "qkvo", "mlp": ("gate", "up", "down")}
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a directory of ours says about itself: enough to load it without the configuration that trained it."""
+
+    backbone: BackboneConfig
+    hypernetwork: HypernetworkConfig
+    stages: tuple[str, ...] = ()
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The directory to load from: ``path`` itself, or the newest checkpoint inside it (``final``, else the highest step or epoch).
+
+    Raises:
+        ValueError: nothing there can be loaded.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such checkpoint directory; train the stage that makes it, or download it")
+    if (path / CONFIG_FILE).exists() or is_released(path):
+        return path
+    inside = sorted(
+        (child for child in path.iterdir() if (child / CONFIG_FILE).exists() or is_released(child)),
+        key=lambda child: (child.name == "final", int(child.name.rsplit("-", 1)[-1]) if child.name[-1].isdigit() else -1),
+    )
+    if not inside:
+        raise ValueError(f"{path}: holds neither {CONFIG_FILE} nor {', '.join(RELEASED_FILES)}, nor a folder that does")
+    return inside[-1]
+
+
+def is_released(path: Path) -> bool:
+    """Whether this is a directory in the published three-file format."""
+    return all((path / name).exists() for name in RELEASED_FILES)
+
+
+def read_info(path: str | Path) -> CheckpointInfo | None:
+    """What the checkpoint says about itself; ``None`` for a released directory, which says nothing.
+
+    Raises:
+        ValueError: the configuration file cannot be read, or is of a newer format.
+    """
+    directory = find_checkpoint(path)
+    if is_released(directory):
+        return None
+    file = directory / CONFIG_FILE
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); fetch or train the checkpoint again") from None
+    if values.get("format") != FORMAT:
+        raise ValueError(f"{file}: format {values.get('format')!r}, this version of shine reads {FORMAT}: upgrade shine")
+    try:
+        return parse(CheckpointInfo, {key: values[key] for key in ("backbone", "hypernetwork", "stages")})
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def save_hypernetwork(directory: Path, hypernetwork: Hypernetwork, info: CheckpointInfo, *, dtype: torch.dtype | None = None) -> None:
+    """Write weights, then ``config.json``, into ``directory``.
+
+    Args:
+        dtype: store the weights in this type instead of their own.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in hypernetwork.state_dict().items()}
+    save_file(tensors, directory / WEIGHTS_FILE)
+    text = json.dumps({"format": FORMAT, "shine": shine.__version__, **asdict(info)}, indent=2)
+    (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def load_hypernetwork(path: str | Path, backbone: Backbone, *, config: HypernetworkConfig | None = None) -> Hypernetwork:
+    """The hypernetwork in a checkpoint directory, float32, on the backbone's device.
+
+    Args:
+        path: ours or a released directory, or a folder of such; see `find_checkpoint`.
+        backbone: the model it was trained for.
+        config: what a released directory does not record; a directory of ours knows its own.
+
+    Raises:
+        ValueError: nothing to load, a released directory without ``config``, or a tensor that does not fit: the message
+            names the tensor, its shape and the shape that was expected.
+    """
+    directory = find_checkpoint(path)
+    info = read_info(directory)
+    if info is None and config is None:
+        raise ValueError(f"{directory}: a released checkpoint has no configuration: name the experiment it was trained with")
+    hypernetwork = Hypernetwork(info.hypernetwork if info is not None else config or HypernetworkConfig(), backbone)
+    tensors = read_released(directory) if info is None else _read_safetensors(directory / WEIGHTS_FILE)
+    _check_shapes(hypernetwork, tensors, directory)
+    hypernetwork.load_state_dict(tensors)
+    return hypernetwork.to(backbone.device)
+
+
+def read_released(directory: Path) -> dict[str, Tensor]:
+    """The tensors of a released directory under our names. Nothing is unpickled but tensors and plain containers.
+
+    Raises:
+        ValueError: a file is damaged, or holds something else than weights.
+    """
+    memory, network, meta = (_unpickle_weights(directory / name) for name in RELEASED_FILES)
+    tensors = {"memory_tokens": memory.detach()}
+    for name, tensor in network.items():
+        tensors["m2p." + _released_name(name)] = tensor
+    for layer, groups in meta.items():
+        for group, names in _RELEASED_META.items():
+            for name in names:
+                for letter in "AB":
+                    tensors[f"meta_lora.layers.{layer}.{name}_proj.{letter}"] = groups[group][name][letter].detach()
+    return tensors
+
+
+def _released_name(name: str) -> str:
+    if not name.startswith("transformer_layers."):
+        return {"layer_pe": "layer_embedding", "token_pe": "token_embedding"}.get(name, name)
+    _, index, rest = name.split(".", 2)
+    return f"layers.{index}.{_RELEASED_LAYER.get(rest, rest)}"
+
+
+def _unpickle_weights(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{file}: not a file of plain weights ({str(error).splitlines()[0]}); download it again from its source") from None
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return {name: tensor.float() for name, tensor in load_file(file).items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); fetch or train the checkpoint again") from None
+
+
+def _check_shapes(hypernetwork: Hypernetwork, tensors: Mapping[str, Tensor], directory: Path) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in hypernetwork.state_dict().items()}
+    problems = [f"{name}: is missing, expected {list(shape)}" for name, shape in expected.items() if name not in tensors]
+    problems += [f"{name}: unexpected tensor {list(tensors[name].shape)}" for name in tensors if name not in expected]
+    problems += [
+        f"{name}: has shape {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    if problems:
+        config = hypernetwork.config
+        more = f"\n  and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ValueError(
+            f"{directory} does not fit this backbone with rank={config.rank}, meta_rank={config.meta_rank}, "
+            f"m2p.layers={config.m2p.layers}:\n  " + "\n  ".join(problems[:6]) + more + "\nset the ranks and depth it was trained with"
+        )
+
+
+@contextmanager
+def written_beside(directory: Path) -> Iterator[Path]:
+    """A fresh folder to write into, renamed to ``directory`` when the block ends well, so that no half-written one is ever seen."""
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if directory.exists():
+            shutil.rmtree(directory)
+        temporary.rename(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

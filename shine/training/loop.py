@@ -1,0 +1,155 @@
+"""The training loop: the same for the three stages."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedTokenizerBase
+
+from shine.backbone import Backbone
+from shine.checkpoint import CheckpointInfo, load_hypernetwork, read_info, save_hypernetwork, written_beside
+from shine.config import SourceConfig, TrainConfig
+from shine.data.batching import SampleStream
+from shine.data.examples import Example
+from shine.data.samples import build_samples
+from shine.data.sources import read_source
+from shine.hypernetwork import Hypernetwork
+from shine.training.distributed import Ranks, join_ranks
+from shine.training.monitor import Monitor
+from shine.training.optimizer import build_optimizer, learning_rate
+from shine.training.state import Position, find_resume, prune, restore_state, save_state
+from shine.training.step import training_step
+from shine.training.validation import Validation
+from shine.zoo import load_backbone
+
+FINAL = "final"
+
+
+def train(config: TrainConfig) -> Path:
+    """Train one stage and return the directory of its final checkpoint.
+
+    Raises:
+        ValueError: whatever does not fit together, with the remedy: a missing checkpoint or source, ranks, sizes.
+    """
+    with join_ranks() as ranks:
+        backbone, tokenizer = load_backbone(config.backbone, targets=config.hypernetwork.targets)
+        return _Run(config, backbone, tokenizer, ranks).go()
+
+
+class _Run:
+    def __init__(self, config: TrainConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> None:
+        stage = config.stage
+        if stage.batch_size % (ranks.size * stage.micro_batch_size):
+            raise ValueError(
+                f"stage.batch_size={stage.batch_size} must be a multiple of ranks x micro_batch_size = "
+                f"{ranks.size} x {stage.micro_batch_size}: change one of them"
+            )
+        self.config, self.stage, self.ranks = config, stage, ranks
+        self.backbone, self.tokenizer = backbone, tokenizer
+        self.output = Path(config.output).expanduser()
+        self.hypernetwork, before = start_hypernetwork(config, backbone)
+        self.info = CheckpointInfo(config.backbone, self.hypernetwork.config, (*before, stage.name))
+        self.optimizer = build_optimizer(self.hypernetwork, stage)
+        samples = build_samples(
+            read_all(config.data.train.values()), tokenizer, stage, task_tokens=config.backbone.task_tokens, seed=config.seed
+        )
+        self.stream = SampleStream(samples, stage.batch_size, config.seed)
+        self.total = stage.steps if stage.steps is not None else max(math.ceil(stage.epochs * len(samples) / stage.batch_size), 1)
+        self.validation = Validation(config, backbone, tokenizer, read_all(config.data.validation.values()))
+        self.step = 0
+        if config.resume:
+            self._restore(find_resume(config.resume, self.output))
+
+    def go(self) -> Path:
+        title = f"{self.stage.name} {Path(self.config.backbone.path).name}"
+        with Monitor(self.output, start=self.step, total=self.total, title=title, quiet=not self.ranks.first) as monitor:
+            monitor.say(describe(self.hypernetwork, self.backbone, samples=len(self.stream.samples), steps=self.total))
+            model: nn.Module = self.hypernetwork
+            if self.ranks.size > 1:
+                model = DistributedDataParallel(self.hypernetwork)
+            while self.step < self.total:
+                self._train_step(model, monitor)
+                self.step += 1
+                if _due(self.step, self.stage.evaluate_every, last=self.total) and self.validation:
+                    monitor.record(self.validation.measure(self.hypernetwork))
+                if _due(self.step, self.stage.save_every) and self.step < self.total:
+                    self._save(monitor)
+            monitor.say(f"{self.stage.name}: {self.stream.samples.tally}")
+        return self._finish()
+
+    def _train_step(self, model: nn.Module, monitor: Monitor) -> None:
+        rate = learning_rate(self.step, stage=self.stage, total_steps=self.total)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        result = training_step(
+            model,
+            self.backbone,
+            next(self.stream),
+            optimizer=self.optimizer,
+            micro_batch_size=self.stage.micro_batch_size,
+            clip=self.stage.clip,
+            pad_id=self.tokenizer.pad_token_id,
+            ranks=self.ranks,
+        )
+        monitor.advance(tokens=result.tokens, loss=result.loss)
+        if result.skipped:
+            monitor.say(f"step {self.step + 1}: the gradient is not finite, step skipped on every rank")
+        if _due(self.step + 1, self.stage.log_every, last=self.total):
+            monitor.record({"loss": result.loss, "learning_rate": rate, "gradient_norm": result.gradient_norm})
+
+    def _save(self, monitor: Monitor) -> None:
+        if self.ranks.first:
+            directory = self.output / f"step-{self.step:06d}"
+            position = Position(self.step, self.stream.epoch, self.stream.offset)
+            save_state(directory, self.hypernetwork, self.info, optimizer=self.optimizer, position=position)
+            prune(self.output, keep=self.stage.keep)
+            monitor.say(f"saved {directory}")
+        self.ranks.wait()
+
+    def _restore(self, directory: Path) -> None:
+        position = restore_state(directory, self.hypernetwork, self.backbone, optimizer=self.optimizer)
+        self.step, self.stream.epoch, self.stream.offset = position.step, position.epoch, position.offset
+
+    def _finish(self) -> Path:
+        directory = self.output / FINAL
+        if self.ranks.first:
+            with written_beside(directory) as folder:
+                save_hypernetwork(folder, self.hypernetwork, self.info)
+        self.ranks.wait()
+        return directory
+
+
+def start_hypernetwork(config: TrainConfig, backbone: Backbone) -> tuple[Hypernetwork, tuple[str, ...]]:
+    """The hypernetwork a run starts from and the stages behind it: the checkpoint it names, or a random one if it names none."""
+    torch.manual_seed(config.seed)
+    if config.checkpoint is None:
+        return Hypernetwork(config.hypernetwork, backbone).to(backbone.device), ()
+    info = read_info(config.checkpoint)
+    return load_hypernetwork(config.checkpoint, backbone, config=config.hypernetwork), info.stages if info else ("released",)
+
+
+def read_all(sources: Iterable[SourceConfig]) -> Iterable[Example]:
+    """The examples of several sources, one source after the other."""
+    return itertools.chain.from_iterable(read_source(source) for source in sources)
+
+
+def describe(hypernetwork: Hypernetwork, backbone: Backbone, *, samples: int, steps: int) -> str:
+    """One line on what is about to be trained."""
+    trained = sum(parameter.numel() for parameter in hypernetwork.parameters())
+    frozen = sum(parameter.numel() for parameter in backbone.model.parameters())
+    return (
+        f"{trained:,} trained parameters over {frozen:,} frozen ones; {hypernetwork.memory_tokens.shape[0]} memory tokens; "
+        f"{samples:,} samples, {steps:,} steps"
+    )
+
+
+def _due(step: int, every: int, *, last: int | None = None) -> bool:
+    return every > 0 and (step % every == 0 or step == last)
+
+
