@@ -39,6 +39,7 @@ class BackboneConfig:
         device: ``auto`` takes CUDA where there is some.
         attention: transformers' ``attn_implementation``.
         activation_checkpointing: recompute layers in the backward pass.
+        baseline_prefix: what the baselines' answers start after, such as Qwen3's empty think block; SHINE sees plain ChatML.
     """
 
     path: str
@@ -46,6 +47,7 @@ class BackboneConfig:
     device: str = "auto"
     attention: str = "sdpa"
     activation_checkpointing: bool = False
+    baseline_prefix: str = ""
     task_tokens: TaskTokens = field(default_factory=TaskTokens)
 
 
@@ -104,10 +106,11 @@ class SourceConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class DataConfig:
-    """Named sources, mixed by simple union: ``train`` to learn from, ``validation`` to watch while training."""
+    """Named sources, mixed by simple union: ``train`` to learn from, ``validation`` to watch while training, ``test`` to score."""
 
-    train: Mapping[str, SourceConfig]
+    train: Mapping[str, SourceConfig] = field(default_factory=dict)
     validation: Mapping[str, SourceConfig] = field(default_factory=dict)
+    test: Mapping[str, SourceConfig] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -172,21 +175,19 @@ class TrainConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class PromptConfig:
-    """What the baselines see. ``{context}`` and ``{question}`` are filled in; ``assistant_prefix`` opens the answer.
+    """What the baselines see. ``{context}`` and ``{question}`` are filled in.
 
     Attributes:
         system: the system turn of both baselines; empty leaves the turn out.
         in_context: the user turn of In-Context's first question; later questions stand alone.
         repeat: the question that stands for `TaskTokens.reconstruct` where a baseline is asked to reconstruct.
         complete: likewise for a completion.
-        assistant_prefix: text that the answer starts after, such as Qwen3's empty think block.
     """
 
     system: str
     in_context: str = "{context}\n\n{question}"
     repeat: str = "Repeat the text above, word for word."
     complete: str = "Write the text above once more, word for word, and continue it to its end."
-    assistant_prefix: str = ""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -194,23 +195,23 @@ class EvaluationConfig:
     """An evaluation run.
 
     Attributes:
-        checkpoint: a hypernetwork directory, ours or a released three-file one.
+        checkpoint: a hypernetwork directory, ours or a released three-file one; only the baselines can do without.
         hypernetwork: only read for what a released directory does not record.
+        stage: whose evaluation this is, and how many tokens of a context are read; the rest of it belongs to training.
         history: what earlier turns of a conversation hold, the method's own answers or the gold ones.
         lengths: upper bounds, in tokens, of the length buckets of a pretraining evaluation.
-        hide: share of the words that a completion hides from the context (least, most).
     """
 
     backbone: BackboneConfig
     hypernetwork: HypernetworkConfig
-    data: Mapping[str, SourceConfig]
+    stage: StageConfig
+    data: DataConfig
     prompts: PromptConfig
-    checkpoint: str
     output: str
+    checkpoint: str | None = None
     methods: tuple[MethodName, ...] = ("shine", "in_context", "only_question")
     batch_size: int = 16
     max_new_tokens: int = 64
-    context_length: int = 1150
     history: Literal["own", "gold"] = "own"
     lengths: tuple[int, ...] = (100, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1100)
     seed: int = 42

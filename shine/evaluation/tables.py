@@ -1,0 +1,61 @@
+"""Summaries as tables on the console."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+TITLES = {"shine": "SHINE", "in_context": "In-Context", "only_question": "Only Question"}
+
+
+def answer_table(summary: Mapping[str, Any]) -> Table:
+    """EM and F1 of every method on every source."""
+    stage = "conversations" if summary["stage"] == "mqa" else "single questions"
+    table = _table(f"Answers to {stage}, percent", ["EM", "F1", "questions", "encode s", "answer s"])
+    for source, found in summary["sources"].items():
+        for method, scores in found["methods"].items():
+            seconds = scores["seconds"]
+            table.add_row(
+                source,
+                TITLES[method],
+                f"{scores['em']:.1f}",
+                f"{scores['f1']:.1f}",
+                f"{scores['questions']:,}",
+                f"{seconds['encode']:.1f}",
+                f"{seconds['answer']:.1f}",
+            )
+        table.add_section()
+    return table
+
+
+def recall_table(summary: Mapping[str, Any]) -> Table:
+    """Perplexity, exact-prefix ratio, EM and F1 of every method, task and length bucket."""
+    table = _table("Texts given back", ["task", "tokens up to", "texts", "perplexity", "exact prefix %", "EM %", "F1 %"])
+    for source, found in summary["sources"].items():
+        for method, scores in found["methods"].items():
+            for task in ("reconstruct", "complete"):
+                rows = {"all": scores[task], **scores[task]["lengths"]}
+                for bound, row in rows.items() if len(rows) > 2 else [("all", scores[task])]:
+                    figures = (f"{row[key]:.1f}" for key in ("exact_prefix", "em", "f1"))
+                    table.add_row(source, TITLES[method], task, bound, f"{row['texts']:,}", f"{row['perplexity']:.2f}", *figures)
+        table.add_section()
+    return table
+
+
+def show(table: Table) -> None:
+    """Print a table, wide enough for its content also where there is no terminal."""
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(table)
+
+
+def _table(title: str, columns: list[str]) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table.add_column("source")
+    table.add_column("method")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "task" else "right")
+    return table
