@@ -1,7 +1,7 @@
 # Needs GNU make, a POSIX sh and Python 3.11 to 3.13; everything else goes into .venv.
 
 # The first Python that fits; `make PYTHON=… test` names one. Looked for only when .venv has to be set up.
-PYTHON = $(or $(shell for p in python3 python3.11 python3.12 python3.13; do \
+PYTHON ?= $(or $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo "$$p" && break; done), \
 	$(error SHINE needs Python 3.11, 3.12 or 3.13 and found none. Install one (Debian, Ubuntu: apt install python3.12-venv; \
 	macOS: brew install python@3.12; conda create -n shine python=3.12) or name it: make PYTHON=/path/to/python3.12 …))
@@ -15,7 +15,7 @@ help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "Each sets up .venv first when it is missing or older than requirements.lock."
-	@echo "TORCH_INDEX=<url>  takes torch from that index: https://download.pytorch.org/whl/cpu, …/whl/cu126, a mirror, a folder."
+	@echo "TORCH_INDEX=<url>  takes torch from that index: https://download.pytorch.org/whl/cpu, …/whl/cu130, a mirror of them."
 	@echo "                   Unset: the CPU build where there is no nvidia-smi, else what pip finds; it is said before it is done."
 	@echo "PYTHON=<program>   sets .venv up with that Python (3.11 to 3.13)."
 
@@ -41,7 +41,7 @@ lint: $(READY) ## check style, format and types
 	@$(RUN) -m mypy
 
 reproduce: $(READY) ## rebuild the CPU world from nothing (at most two hours on two cores)
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" sh examples/cpu_world/reproduce.sh
+	@PYTHON=$(RUN) sh examples/cpu_world/reproduce.sh
 
 lock: ## write requirements.lock again with the newest releases pyproject.toml allows (Python 3.11)
 	@"$(PYTHON)" scripts/setup_venv.py lock

@@ -8,7 +8,7 @@ metadata only). Without CUDA packages, or with them and an nvidia-smi on the PAT
 nvidia-smi, torch comes from PyTorch's CPU index instead. TORCH_INDEX=<url> overrides all this: torch comes from there.
 
     TORCH_INDEX=https://download.pytorch.org/whl/cpu     CPU
-    TORCH_INDEX=https://download.pytorch.org/whl/cu126   CUDA 12.6
+    TORCH_INDEX=https://download.pytorch.org/whl/cu130   CUDA 13.0
 
 A .venv that exists is brought up to date and keeps the torch build it has; `make clean` first to change the build.
 """
@@ -41,7 +41,7 @@ PROJECT = "shine-hypernetwork"
 
 LOCK_HEADER = """\
 # Every package of .venv, pinned. Written by `make lock` under Python 3.11, the oldest supported, because a release that runs
-# there also runs on 3.12 and 3.13. torch stands without its build (+cpu, +cu126): scripts/setup_venv.py chooses that, and
+# there also runs on 3.12 and 3.13. torch stands without its build (+cpu, +cu130): scripts/setup_venv.py chooses that, and
 # the GPU libraries a CUDA build needs are pinned by torch itself.
 """
 
@@ -75,8 +75,8 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-def pip(python: Path, *arguments: str | Path) -> str:
-    return run(python, "-m", "pip", "--disable-pip-version-check", "--no-input", "-qq", *arguments)
+def pip_install(python: Path, *arguments: str | Path) -> str:
+    return run(python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-input", *arguments)
 
 
 def pin(name: str) -> str:
@@ -93,7 +93,7 @@ def resolve(python: Path, *requirements: str) -> list[dict[str, Any]]:
     Two things keep pip from downloading whole wheels here: a pip of 25.3 or newer (older ones download in a dry run, hence the
     pinned pip), and fast-deps, which reads the metadata out of a remote wheel where the index does not serve it separately.
     """
-    report = pip(python, "install", "--dry-run", "--ignore-installed", "--use-feature=fast-deps", "--report", "-", *requirements)
+    report = pip_install(python, "--dry-run", "--ignore-installed", "--use-feature=fast-deps", "--report", "-", *requirements)
     return [package["metadata"] for package in json.loads(report)["install"]]
 
 
@@ -119,22 +119,21 @@ def torch_index(python: Path, torch: str) -> str | None:
 
 def install_torch(python: Path) -> None:
     torch = pin("torch")
-    installed = json.loads(pip(python, "list", "--format", "json"))
+    installed = json.loads(run(python, "-m", "pip", "list", "--disable-pip-version-check", "--format", "json"))
     for package in installed:
         if package["name"] == "torch" and f"torch=={package['version'].split('+')[0]}" == torch:
             say(f"torch {package['version']} is already installed (`make clean` first to change the build)")
             return
-    index = torch_index(python, torch)
-    with phase(f"installing {torch}"):
-        try:
-            pip(python, "install", "--no-deps", *(["--index-url", index] if index else []), torch)
-        except SetupError as error:
-            where = index or "the index pip is configured with"
-            raise SetupError(
-                f"{error}\n\n{torch} could not be installed from {where}. Name an index that has it, for example\n"
-                f"    TORCH_INDEX={CPU_INDEX} make test\n"
-                "or a mirror of it, or https://pypi.org/simple (with CUDA libraries on Linux)."
-            ) from None
+    try:
+        index = torch_index(python, torch)
+        with phase(f"installing {torch}"):
+            pip_install(python, "--no-deps", *(["--index-url", index] if index else []), torch)
+    except SetupError as error:
+        raise SetupError(
+            f"{error}\n\n{torch} could not be installed. Name an index that has it with TORCH_INDEX=<url> before make:\n"
+            f"{CPU_INDEX} or a mirror of it (CPU), https://download.pytorch.org/whl/cu130 (CUDA 13.0),\n"
+            "https://pypi.org/simple (on Linux with gigabytes of CUDA)."
+        ) from None
 
 
 def usable(python: Path) -> bool:
@@ -151,15 +150,15 @@ def set_up() -> None:
         with phase(f"making .venv with Python {sys.version.split()[0]}"):
             run(sys.executable, "-m", "venv", "--clear", VENV)
     with phase(f"installing {pin('pip')}"):
-        pip(python, "install", pin("pip"))
+        pip_install(python, pin("pip"))
     install_torch(python)
     # A torch from TORCH_INDEX may need packages that only that index has.
     index = os.environ.get("TORCH_INDEX")
     with phase("installing the other pinned packages"):
-        pip(python, "install", *(["--extra-index-url", index] if index else []), "-r", LOCK)
+        pip_install(python, *(["--extra-index-url", index] if index else []), "-r", LOCK)
     with phase("installing SHINE itself"):
         # Built with the pinned setuptools, which is installed by now, rather than with a newer one downloaded for it.
-        pip(python, "install", "--no-deps", "--no-build-isolation", "-e", ROOT)
+        pip_install(python, "--no-deps", "--no-build-isolation", "-e", ROOT)
     READY.touch()
 
 
@@ -171,7 +170,7 @@ def lock() -> None:
         run(sys.executable, "-m", "venv", folder)
         python = Path(folder, "bin", "python")
         with phase("resolving pyproject.toml"):
-            pip(python, "install", "--upgrade", "pip")
+            pip_install(python, "--upgrade", "pip")
             packages = resolve(python, f"{ROOT}[dev]", "pip", "setuptools")
     pins = {package["name"]: package["version"].split("+")[0] for package in packages}
     kept = [name for name in sorted(pins, key=str.lower) if name != PROJECT and not GPU_PACKAGE.match(name.lower())]

@@ -129,7 +129,7 @@ class Backbone:
         return self.model.get_output_embeddings()(hidden)
 
     def label_logits(self, input_ids: Tensor, attention_mask: Tensor | None, *, label_positions: Tensor, lora: LoRA | None) -> Tensor:
-        """Logits ``[N, V]``, float32, that predict the ``N`` labels; nothing is computed where there is no label.
+        """Logits ``[N, V]``, float32 at least, that predict the ``N`` labels; nothing is computed where there is no label.
 
         Args:
             input_ids: ``[B, T]``, left-padded.
@@ -139,7 +139,8 @@ class Backbone:
             lora: worn for this pass.
         """
         hidden = self.hidden(input_ids, attention_mask, lora=lora)
-        return self.logits(hidden.flatten(0, 1).index_select(0, label_positions - 1)).float()
+        logits = self.logits(hidden.flatten(0, 1).index_select(0, label_positions - 1))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @torch.no_grad()
     def generate(

@@ -167,10 +167,10 @@ class LoRALayout:
         assert state.dim() == 3 and state.shape[1] == len(self.layers) and state.shape[2] >= self.values_per_layer
         state = state * math.sqrt(self.scale)
         weights: dict[str, tuple[Tensor, Tensor]] = {}
-        for index, layer in enumerate(self.layers):
+        # unbind and split, not indexing: their backward writes each gradient once instead of filling a whole state for each piece.
+        for layer, row in zip(self.layers, state.unbind(1), strict=True):
             sizes = [size * self.rank for shape in layer for size in (shape.in_features, shape.out_features)]
-            row = state[:, index]
-            pieces = iter(row[:, : sum(sizes)].split(sizes, dim=1))
+            pieces = iter(row.split([*sizes, row.shape[1] - sum(sizes)], dim=1))
             for shape in layer:
                 weights[shape.path] = (
                     self._view(next(pieces), shape.in_features, self.rank, rows_first=self.order[0] == "r"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -125,8 +125,3 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, float]:
         "f1": 100 * sum(p.f1 for p in predictions) / count,
         "questions": count,
     }
-
-
-def as_row(prediction: Prediction) -> dict[str, object]:
-    """The prediction as plain values, for a line of JSON."""
-    return asdict(prediction)

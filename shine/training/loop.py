@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ from shine.training.step import training_step
 from shine.training.validation import Validation
 from shine.zoo import load_backbone
 
+CONFIG_FILE = "run.json"
 FINAL = "final"
 
 
@@ -69,6 +72,8 @@ class _Run:
     def go(self) -> Path:
         title = f"{self.stage.name} {Path(self.config.backbone.path).name}"
         with Monitor(self.output, start=self.step, total=self.total, title=title, quiet=not self.ranks.first) as monitor:
+            if self.ranks.first:
+                (self.output / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
             monitor.say(describe(self.hypernetwork, self.backbone, samples=len(self.stream.samples), steps=self.total))
             model: nn.Module = self.hypernetwork
             if self.ranks.size > 1:

@@ -1,0 +1,90 @@
+"""``make demo``: train the CPU world for a short stretch, score the shipped hypernetwork, show what it answers.
+
+No GPU and no network are needed. Everything is written to ``outputs/demo/``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from shine.config import EvaluationConfig, TrainConfig, parse
+from shine.data.examples import Example
+from shine.data.sources import read_source
+from shine.evaluation.plots import draw_report
+from shine.evaluation.run import PREDICTIONS_FILE, evaluate
+from shine.evaluation.tables import TITLES
+from shine.training.loop import train
+from shine.zoo import ASSETS
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "outputs" / "demo"
+SHIPPED = ASSETS / "cpu-world" / "hypernetwork"
+SHORT = {"pretrain": 60, "mqa": 160, "1qa": 40}
+DOORS = {"test_pretrain": 40, "test_pwc": 60, "test": 60}
+"""Contexts that each test looks at."""
+
+
+def values(door: str, *overrides: str) -> Any:
+    """The configuration that a door would get with these overrides."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return OmegaConf.to_container(compose(door, overrides=["experiment=cpu_world", *overrides]), resolve=True)
+
+
+def train_short() -> dict[str, Path]:
+    """The three stages, each from the one before, and the folder of each run."""
+    runs: dict[str, Path] = {}
+    checkpoint = "null"
+    for stage, steps in SHORT.items():
+        runs[stage] = OUTPUT / "train" / stage
+        short = [f"stage.steps={steps}", "stage.warmup_steps=10", "stage.log_every=5", f"stage.evaluate_every={steps}"]
+        config = values("train", f"stage={stage}", *short, f"output={runs[stage]}", f"checkpoint={checkpoint}")
+        checkpoint = str(train(parse(TrainConfig, config)))
+    return runs
+
+
+def score(door: str, contexts: int) -> dict[str, Any]:
+    """Every method's scores of one test on the shipped hypernetwork."""
+    overrides = [f"checkpoint={SHIPPED}", f"output={OUTPUT / door}", f"data.test.worlds.options.count={contexts}"]
+    return dict(evaluate(parse(EvaluationConfig, values(door, *overrides)))["sources"]["worlds"]["methods"])
+
+
+def show_answers(predictions: Path, examples: list[Example]) -> None:
+    """The questions about a few contexts, with the answers of the three methods."""
+    rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
+    for example in examples:
+        print(f"\n{example.context}")
+        for number, turn in enumerate(example.turns):
+            given = [f"{TITLES[r['method']]}: {r['prediction']:<12}" for r in rows if (r["id"], r["turn"]) == (example.id, number)]
+            print(f"  {turn.question:<42} {' '.join(given)} (right: {turn.answer})")
+
+
+def main() -> None:
+    started = time.perf_counter()
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    print("1. Train the three stages for a short stretch, from nothing.", flush=True)
+    runs = train_short()
+    print("\n2. Score the shipped hypernetwork, trained longer by the same code (make reproduce), on contexts it never saw.", flush=True)
+    scores = {door: score(door, contexts) for door, contexts in DOORS.items()}
+    print("\n3. What the three methods answer. SHINE and Only Question see the question alone.", flush=True)
+    source = parse(EvaluationConfig, values("test")).data.test["worlds"]
+    show_answers(OUTPUT / "test" / PREDICTIONS_FILE, list(itertools.islice(read_source(source), 3)))
+    panels = [("Single questions", scores["test"]), ("Conversations", scores["test_pwc"])]
+    draw_report(OUTPUT / "demo.png", runs=runs, scores=panels)
+    report = {
+        "methods": {name: {"em": found["em"], "f1": found["f1"]} for name, found in scores["test"].items()},
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    (OUTPUT / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{report['seconds']:.0f} s. Loss and scores: {OUTPUT / 'demo.png'}; figures: {OUTPUT / 'report.json'}")
+
+
+if __name__ == "__main__":
+    main()

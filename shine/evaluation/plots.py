@@ -1,0 +1,66 @@
+"""Pictures of a run: how the loss fell, what the methods scored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from shine.evaluation.tables import TITLES
+from shine.training.monitor import METRICS_FILE
+
+COLORS = {"shine": "#d1495b", "in_context": "#30638e", "only_question": "#9aa5b1"}
+STAGE_COLORS = ("#30638e", "#edae49", "#d1495b")
+
+
+def read_metrics(run: Path, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one scalar of a training run."""
+    rows = [json.loads(line) for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def draw_losses(axes: Axes, runs: Mapping[str, Path]) -> None:
+    """The training loss of one stage after the other, each on its own stretch of the axis."""
+    start = 0
+    for (stage, run), color in zip(runs.items(), STAGE_COLORS, strict=False):
+        steps, losses = read_metrics(run, "loss")
+        axes.plot([start + step for step in steps], losses, color=color, linewidth=2, label=stage)
+        start += steps[-1]
+        axes.axvline(start, color="#dddddd", linewidth=1, zorder=0)
+    axes.set(xlabel="optimizer step", ylabel="loss a label token (nats)", title="Training, stage after stage", ylim=(0, None))
+    axes.legend(frameon=False)
+
+
+def draw_scores(axes: Axes, methods: Mapping[str, Mapping[str, float]], *, title: str) -> None:
+    """EM and F1 of each method as bars with their figures."""
+    names = list(methods)
+    for offset, (metric, shade) in enumerate((("em", 1.0), ("f1", 0.55))):
+        places = [index + (offset - 0.5) * 0.38 for index in range(len(names))]
+        values = [methods[name][metric] for name in names]
+        bars = axes.bar(places, values, width=0.36, color=[COLORS[name] for name in names], alpha=shade)
+        axes.bar_label(bars, labels=[f"{metric.upper()}\n{value:.1f}" for value in values], fontsize=8, padding=2)
+    axes.set(ylabel="percent", title=title, ylim=(0, 118))
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_xticks(range(len(names)), [TITLES[name] for name in names])
+
+
+def draw_report(path: Path, *, runs: Mapping[str, Path], scores: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """One picture: the losses, then a panel of bars for each (title, methods)."""
+    figure, panels = plt.subplots(1, 1 + len(scores), figsize=(5.2 * (1 + len(scores)), 4), constrained_layout=True)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    draw_losses(panels[0], runs)
+    for axes, (title, methods) in zip(panels[1:], scores, strict=True):
+        draw_scores(axes, methods, title=title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

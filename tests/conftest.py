@@ -1,0 +1,101 @@
+"""Tiny models and a tiny ChatML tokenizer, built in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from shine.backbone import Backbone
+from shine.config import HypernetworkConfig, M2PConfig
+
+# The same examples on every machine and every run, however slow it is.
+settings.register_profile("house", derandomize=True, database=None, deadline=None, max_examples=40)
+settings.load_profile("house")
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<RECON>", "<COMP>", "<NOTHING>"]
+VOCABULARY = 320
+ARCHITECTURES = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
+    "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+}
+
+
+def tiny_model(kind: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Three layers, ``H`` 32, ``V`` 320, random weights drawn from ``seed`` (biases too, where the architecture has them)."""
+    config_class, model_class, extra = ARCHITECTURES[kind]
+    values: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **extra,
+    }
+    torch.manual_seed(seed)
+    model = model_class(config_class(**values))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+        elif parameter.dim() > 1:
+            # Larger than the default, so that what is read really changes what is said.
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model.to(dtype).eval()
+
+
+def tiny_hypernetwork_config(**changes: Any) -> HypernetworkConfig:
+    """Rank 2, meta rank 4, two M2P layers; a scale at which the LoRA matters."""
+    values: dict[str, Any] = {"rank": 2, "meta_rank": 4, "scale": 0.05, "meta_std": 0.1, "m2p": M2PConfig(layers=2, heads=2)}
+    return HypernetworkConfig(**{**values, **changes})
+
+
+def tiny_tokenizer(special: Sequence[str] = SPECIAL, *, merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
+    """One token a byte, and the ChatML marks: 262 tokens; then one for each merge."""
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=list(special[1:])
+    )
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(params=sorted(ARCHITECTURES))
+def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def make_backbone() -> Callable[..., Backbone]:
+    """A backbone of a tiny model: ``make_backbone(kind="qwen3", seed=0, dtype=..., **options of Backbone)``."""
+
+    def make(kind: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Backbone:
+        return Backbone(tiny_model(kind, seed=seed, dtype=dtype), **options)
+
+    return make
+
+
+@pytest.fixture
+def tiny_backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Qwen3 with its tokenizer on disk, as a hub folder is."""
+    folder = tmp_path_factory.mktemp("backbone")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
