@@ -71,7 +71,10 @@ def main() -> None:
     shutil.rmtree(OUTPUT, ignore_errors=True)
     print("1. Train the three stages for a short stretch, from nothing.", flush=True)
     runs = train_short()
-    print("\n2. Score the shipped hypernetwork, trained longer by the same code (make reproduce), on contexts it never saw.", flush=True)
+    print(
+        "\n2. Score the shipped hypernetwork, trained longer by the same code (make reproduce), on contexts it never saw.",
+        flush=True,
+    )
     scores = {door: score(door, contexts) for door, contexts in DOORS.items()}
     print("\n3. What the three methods answer. SHINE and Only Question see the question alone.", flush=True)
     source = parse(EvaluationConfig, values("test")).data.test["worlds"]

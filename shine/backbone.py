@@ -16,7 +16,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Backbone:
         self.model = model.eval().requires_grad_(False)
         self.activation_checkpointing = activation_checkpointing
         self._wearing = _Wearing()
-        self._layers: Sequence[nn.Module] = model.base_model.layers
+        self._layers = cast(nn.ModuleList, model.base_model.layers)
         self.linear_shapes = self._hook_linears(tuple(targets))
         for layer in self._layers:
             layer.forward = functools.partial(self._layer_forward, layer.forward)
@@ -128,7 +128,9 @@ class Backbone:
         """Vocabulary logits ``[..., V]`` of hidden states ``[..., H]``."""
         return self.model.get_output_embeddings()(hidden)
 
-    def label_logits(self, input_ids: Tensor, attention_mask: Tensor | None, *, label_positions: Tensor, lora: LoRA | None) -> Tensor:
+    def label_logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None, *, label_positions: Tensor, lora: LoRA | None
+    ) -> Tensor:
         """Logits ``[N, V]``, float32 at least, that predict the ``N`` labels; nothing is computed where there is no label.
 
         Args:

@@ -54,7 +54,9 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, task_tokens: TaskToken
     """
     for mark in (START, END):
         if mark not in tokenizer.get_vocab():
-            raise ValueError(f"this tokenizer has no {mark}: SHINE speaks ChatML, choose a backbone that knows it (an instruct model)")
+            raise ValueError(
+                f"this tokenizer has no {mark}: SHINE speaks ChatML, choose a backbone that knows it (an instruct model)"
+            )
     names = [task_tokens.reconstruct, task_tokens.complete, task_tokens.nothing]
     missing = [name for name in names if name not in tokenizer.get_vocab()]
     if len(tokenizer) + len(missing) > embedding_rows:

@@ -99,14 +99,18 @@ def read_info(path: str | Path) -> CheckpointInfo | None:
         raise ValueError(f"{file}: {error}") from None
 
 
-def save_hypernetwork(directory: Path, hypernetwork: Hypernetwork, info: CheckpointInfo, *, dtype: torch.dtype | None = None) -> None:
+def save_hypernetwork(
+    directory: Path, hypernetwork: Hypernetwork, info: CheckpointInfo, *, dtype: torch.dtype | None = None
+) -> None:
     """Write weights, then ``config.json``, into ``directory``.
 
     Args:
         dtype: store the weights in this type instead of their own.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in hypernetwork.state_dict().items()}
+    tensors = {
+        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in hypernetwork.state_dict().items()
+    }
     save_file(tensors, directory / WEIGHTS_FILE)
     text = json.dumps({"format": FORMAT, "shine": shine.__version__, **asdict(info)}, indent=2)
     (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -164,7 +168,9 @@ def _unpickle_weights(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{file}: not a file of plain weights ({str(error).splitlines()[0]}); download it again from its source") from None
+        raise ValueError(
+            f"{file}: not a file of plain weights ({str(error).splitlines()[0]}); download it again from its source"
+        ) from None
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -188,7 +194,10 @@ def _check_shapes(hypernetwork: Hypernetwork, tensors: Mapping[str, Tensor], dir
         more = f"\n  and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise ValueError(
             f"{directory} does not fit this backbone with rank={config.rank}, meta_rank={config.meta_rank}, "
-            f"m2p.layers={config.m2p.layers}:\n  " + "\n  ".join(problems[:6]) + more + "\nset the ranks and depth it was trained with"
+            f"m2p.layers={config.m2p.layers}:\n  "
+            + "\n  ".join(problems[:6])
+            + more
+            + "\nset the ranks and depth it was trained with"
         )
 
 

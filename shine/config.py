@@ -150,7 +150,8 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}: make it one")
+            sizes = f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}"
+            raise ValueError(f"{sizes}: make it one")
 
 
 @dataclass(frozen=True, config=_STRICT)

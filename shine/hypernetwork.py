@@ -27,9 +27,9 @@ class MetaLoRA(nn.Module):
         super().__init__()
         self.paths = [[shape.path for shape in layer] for layer in layout.layers]
         self.layers = nn.ModuleList(
-            nn.ModuleDict({
-                shape.path.rsplit(".", 1)[-1]: _Pair(shape.in_features, shape.out_features, layout.rank, std) for shape in layer
-            })
+            nn.ModuleDict(
+                {shape.path.rsplit(".", 1)[-1]: _Pair(shape.in_features, shape.out_features, layout.rank, std) for shape in layer}
+            )
             for layer in layout.layers
         )
 
@@ -38,7 +38,9 @@ class MetaLoRA(nn.Module):
         weights = {}
         for paths, layer in zip(self.paths, self.layers, strict=True):
             assert isinstance(layer, nn.ModuleDict)
-            weights.update({path: (pair.A, pair.B) for path, pair in zip(paths, layer.values(), strict=True)})
+            for path, pair in zip(paths, layer.values(), strict=True):
+                assert isinstance(pair, _Pair)
+                weights[path] = (pair.A, pair.B)
         return LoRA(weights)
 
 

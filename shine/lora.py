@@ -84,18 +84,25 @@ class LoRA(Mapping[str, tuple[Tensor, Tensor]]):
         for other in loras[1:]:
             if set(other) != set(loras[0]):
                 odd = sorted(set(other) ^ set(loras[0]))[0]
-                raise ValueError(f"these LoRAs do not touch the same linears ({odd} is in one only): make them with one hypernetwork")
-        return LoRA({
-            path: (torch.cat([lora[path][0] for lora in loras], dim=2), torch.cat([lora[path][1] for lora in loras], dim=1))
-            for path in loras[0]
-        })
+                raise ValueError(
+                    f"these LoRAs do not touch the same linears ({odd} is in one only): make them with one hypernetwork"
+                )
+        return LoRA(
+            {
+                path: (torch.cat([lora[path][0] for lora in loras], dim=2), torch.cat([lora[path][1] for lora in loras], dim=1))
+                for path in loras[0]
+            }
+        )
 
     @staticmethod
     def stack(loras: Sequence[LoRA]) -> LoRA:
         """The adapters of all LoRAs side by side in one batch (equal ranks)."""
-        return LoRA({
-            path: (torch.cat([lora[path][0] for lora in loras]), torch.cat([lora[path][1] for lora in loras])) for path in loras[0]
-        })
+        return LoRA(
+            {
+                path: (torch.cat([lora[path][0] for lora in loras]), torch.cat([lora[path][1] for lora in loras]))
+                for path in loras[0]
+            }
+        )
 
     def cosine(self) -> Tensor:
         """Cosine between the updates of every two samples, over all linears together, ``[B, B]``.
@@ -164,7 +171,8 @@ class LoRALayout:
 
     def cut(self, state: Tensor) -> LoRA:
         """Cut a flat state ``[B, L, N]``, ``N >= values_per_layer``, into a LoRA. Values beyond the last linear are dropped."""
-        assert state.dim() == 3 and state.shape[1] == len(self.layers) and state.shape[2] >= self.values_per_layer
+        assert state.shape[1] == len(self.layers)
+        assert state.shape[2] >= self.values_per_layer
         state = state * math.sqrt(self.scale)
         weights: dict[str, tuple[Tensor, Tensor]] = {}
         # unbind and split, not indexing: their backward writes each gradient once instead of filling a whole state for each piece.

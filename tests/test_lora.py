@@ -235,7 +235,9 @@ def lora_of_singular_values(*per_sample: list[float], size: int = 6) -> LoRA:
     """One linear; each sample's update has these singular values, by construction with orthonormal factors."""
     rank = len(per_sample[0])
     generator = torch.Generator().manual_seed(5)
-    left, right = (torch.linalg.qr(torch.randn(len(per_sample), size, rank, generator=generator, dtype=torch.float64)).Q for _ in "ab")
+    left, right = (
+        torch.linalg.qr(torch.randn(len(per_sample), size, rank, generator=generator, dtype=torch.float64)).Q for _ in "ab"
+    )
     return LoRA({"x": (left, torch.tensor(per_sample, dtype=torch.float64)[:, :, None] * right.mT)})
 
 

@@ -112,7 +112,9 @@ def test_samples_do_not_mix() -> None:
 
 
 def test_embeddings_start_at_zero_and_biases_of_the_attention_too() -> None:
-    m2p = M2PTransformer(HIDDEN, backbone_layers=LAYERS, memory_tokens=TOKENS, layers=2, heads=4, feed_forward=20, layers_first=True)
+    m2p = M2PTransformer(
+        HIDDEN, backbone_layers=LAYERS, memory_tokens=TOKENS, layers=2, heads=4, feed_forward=20, layers_first=True
+    )
     assert m2p.layer_embedding.eq(0).all()
     assert m2p.token_embedding.eq(0).all()
     assert all(layer.qkv.bias.eq(0).all() and layer.out.bias.eq(0).all() for layer in m2p.layers)

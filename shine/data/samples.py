@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -139,7 +140,10 @@ class PretrainSamples:
         overhead = len(encode_conversation(tokenizer, self._turn("reconstruct", "")).input_ids)
         budget = min(stage.context_length - 1, stage.conversation_length - overhead)
         if budget < 1:
-            raise ValueError(f"stage.conversation_length={stage.conversation_length} leaves no room for a text: make it more than {overhead}")
+            raise ValueError(
+                f"stage.context_length={stage.context_length} and stage.conversation_length={stage.conversation_length} leave no "
+                f"room for a text: make them more than 1 and {overhead}"
+            )
         pieces = [piece for example in examples for piece in split_text(tokenizer, example.context, budget=budget)]
         self.texts = [text for text, _ in pieces]
         # A text costs its separator in the context and its turn's marks in the conversation: both must fit.
@@ -176,18 +180,30 @@ def hide_end(text: str, share: float) -> str:
 
 def split_text(tokenizer: PreTrainedTokenizerBase, text: str, *, budget: int) -> list[tuple[str, int]]:
     """``text`` as pieces of at most ``budget`` tokens with their token counts, broken at white space where there is some."""
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = encoding["offset_mapping"]
-    if len(offsets) <= budget:
-        return [(text, len(offsets))] if offsets else []
-    end = offsets[budget][0]
-    broken = max(text.rfind(mark, 0, end) for mark in (" ", "\n"))
-    end = broken if broken > 0 else end
-    head, tail = text[:end].strip(), text[end:].strip()
-    # Cut off by itself, a piece may tokenise a little differently: count it as it will be read.
-    length = len(token_ids(tokenizer, head))
-    first = [(head, length)] if length <= budget else split_text(tokenizer, head, budget=budget)
-    return first + split_text(tokenizer, tail, budget=budget)
+    starts = [
+        start
+        for start, _ in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    ]
+    if len(starts) <= budget:
+        return [(text, len(starts))] if starts else []
+    pieces: list[tuple[str, int]] = []
+    begin = 0
+    while begin < len(text):
+        first = bisect_left(starts, begin)
+        # Cut off by itself, a piece may tokenise to a few more tokens than it had: then take a little less.
+        for size in range(budget, 0, -1):
+            end = starts[first + size] if first + size < len(starts) else len(text)
+            if end < len(text):
+                broken = max(text.rfind(mark, begin + 1, end) for mark in (" ", "\n"))
+                end = broken if broken > begin else end
+            piece = text[begin:end].strip()
+            length = len(token_ids(tokenizer, piece))
+            if length <= budget:
+                break
+        if piece:
+            pieces.append((piece, length))
+        begin = max(end, begin + 1)
+    return pieces
 
 
 def build_samples(
@@ -204,5 +220,6 @@ def build_samples(
     else:
         samples = AnswerSamples(examples, tokenizer, stage)
     if not len(samples):
-        raise ValueError(f"no sample for stage {stage.name}: the sources are empty, or hold no {'text' if stage.name == 'pretrain' else 'question'}")
+        wanted = "text" if stage.name == "pretrain" else "question"
+        raise ValueError(f"no sample for stage {stage.name}: data.train is empty, or holds no {wanted}")
     return samples

@@ -109,7 +109,9 @@ def _rows(config: SourceConfig, columns: tuple[str, ...]) -> Iterator[Mapping[st
         raise ValueError(f"{path}: cannot read split {config.split!r} ({type(error).__name__}: {error})") from error
     missing = [name for name in columns if first is not None and name not in first]
     if missing:
-        raise ValueError(f"{path}: no column {', '.join(missing)} (there are {', '.join(first or {})}); is it a {config.kind!r} folder?")
+        raise ValueError(
+            f"{path}: no column {', '.join(missing)} (there are {', '.join(first or {})}); is it a {config.kind!r} folder?"
+        )
     return iter(table)
 
 

@@ -42,50 +42,64 @@ NAMES = _words(
 RELATIONS = (
     Relation(
         "home",
-        _words("Arlow Bexley Brimor Calwick Dornal Elmsby Farrow Glenor Harwen Istmar Kelbrook Lorvik Marden Norfell Oswin Pelham "
-               "Quenby Ravno Selkirk Tolen Ulmar Venby Westrel Yarvik"),
+        _words(
+            "Arlow Bexley Brimor Calwick Dornal Elmsby Farrow Glenor Harwen Istmar Kelbrook Lorvik Marden Norfell Oswin Pelham "
+            "Quenby Ravno Selkirk Tolen Ulmar Venby Westrel Yarvik"
+        ),
         ("{who} lives in {what}.", "The home of {who} is in {what}.", "{who} has a house in {what}."),
         ("Where does {who} live?", "In which town is the home of {who}?"),
     ),
     Relation(
         "job",
-        _words("baker barber butcher carpenter cook dentist doctor driver farmer fisher gardener guard judge lawyer miller nurse "
-               "painter pilot potter sailor smith tailor teacher writer"),
+        _words(
+            "baker barber butcher carpenter cook dentist doctor driver farmer fisher gardener guard judge lawyer miller nurse "
+            "painter pilot potter sailor smith tailor teacher writer"
+        ),
         ("{who} works as {a_what}.", "The job of {who} is {what}.", "{who} earns money as {a_what}."),
         ("What is the job of {who}?", "As what does {who} work?"),
     ),
     Relation(
         "food",
-        _words("apples beans bread cake carrots cheese cherries corn dumplings eggs figs fish grapes honey lentils mushrooms noodles "
-               "nuts olives onions pears plums rice soup"),
+        _words(
+            "apples beans bread cake carrots cheese cherries corn dumplings eggs figs fish grapes honey lentils mushrooms noodles "
+            "nuts olives onions pears plums rice soup"
+        ),
         ("{who} likes to eat {what}.", "The favorite food of {who} is {what}.", "{who} eats {what} every day."),
         ("What does {who} like to eat?", "What is the favorite food of {who}?"),
     ),
     Relation(
         "color",
-        _words("amber beige black blue bronze brown coral crimson cyan gold gray green indigo ivory lilac orange pink purple red "
-               "silver teal violet white yellow"),
+        _words(
+            "amber beige black blue bronze brown coral crimson cyan gold gray green indigo ivory lilac orange pink purple red "
+            "silver teal violet white yellow"
+        ),
         ("{who} wears {a_what} coat.", "The coat of {who} is {what}.", "{who} bought {a_what} coat."),
         ("What color is the coat of {who}?", "Which color does {who} wear?"),
     ),
     Relation(
         "pet",
-        _words("beetle camel cat cow crow dog donkey duck ferret frog goat goose hamster hen horse lizard mouse owl parrot pony "
-               "rabbit sheep snake turtle"),
+        _words(
+            "beetle camel cat cow crow dog donkey duck ferret frog goat goose hamster hen horse lizard mouse owl parrot pony "
+            "rabbit sheep snake turtle"
+        ),
         ("{who} keeps {a_what}.", "The pet of {who} is {a_what}.", "{who} takes care of {a_what}."),
         ("Which animal does {who} keep?", "What is the pet of {who}?"),
     ),
     Relation(
         "music",
-        _words("accordion banjo bass bassoon bugle cello clarinet cornet drum fiddle flute guitar harp horn lute lyre mandolin oboe "
-               "organ piano sitar trumpet tuba viola"),
+        _words(
+            "accordion banjo bass bassoon bugle cello clarinet cornet drum fiddle flute guitar harp horn lute lyre mandolin oboe "
+            "organ piano sitar trumpet tuba viola"
+        ),
         ("{who} plays the {what}.", "The instrument of {who} is the {what}.", "{who} learned to play the {what}."),
         ("Which instrument does {who} play?", "What is the instrument of {who}?"),
     ),
     Relation(
         "sport",
-        _words("archery badminton baseball basketball bowling boxing chess climbing cricket cycling dancing diving fencing football "
-               "golf hockey judo rowing rugby running skating skiing swimming tennis"),
+        _words(
+            "archery badminton baseball basketball bowling boxing chess climbing cricket cycling dancing diving fencing football "
+            "golf hockey judo rowing rugby running skating skiing swimming tennis"
+        ),
         ("{who} is good at {what}.", "The sport of {who} is {what}.", "{who} spends the weekend on {what}."),
         ("What is {who} good at?", "What is the sport of {who}?"),
     ),

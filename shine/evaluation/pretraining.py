@@ -51,9 +51,7 @@ class Recall:
     prediction: str
 
 
-def recall(
-    method: Method, source: str, examples: Sequence[Example], config: EvaluationConfig, *, clock: Clock
-) -> Iterator[Recall]:
+def recall(method: Method, source: str, examples: Sequence[Example], config: EvaluationConfig, *, clock: Clock) -> Iterator[Recall]:
     """Ask ``method`` to give back every text, reconstructed and completed."""
     # Texts of one length together, so that little is padded.
     ordered = sorted(examples, key=lambda example: len(example.context))
@@ -67,15 +65,13 @@ def recall(
             clock.answer += time.perf_counter() - started
 
 
-def _recall_group(
-    method: Method, source: str, group: Sequence[Example], task: str, config: EvaluationConfig
-) -> Iterator[Recall]:
+def _recall_group(method: Method, source: str, group: Sequence[Example], task: str, config: EvaluationConfig) -> Iterator[Recall]:
     asked = [Asked(index, _request(method, task, config)) for index in range(len(group))]
     targets = [token_ids(method.tokenizer, example.context) for example in group]
     losses = _losses(method, asked, group)
     outputs = method.answer_ids(asked, max_new_tokens=max(map(len, targets)) + 8)
     for example, target, loss, output in zip(group, targets, losses, outputs, strict=True):
-        text = clean_answer(method.tokenizer.decode(output))
+        text = clean_answer(str(method.tokenizer.decode(output)))
         yield Recall(
             source,
             example.id,

@@ -57,7 +57,7 @@ def usable_examples(
         if len(ids) > context_length:
             tally.contexts_cut += 1
             tally.context_tokens_dropped += len(ids) - context_length
-            example = Example(example.id, tokenizer.decode(ids[:context_length]), example.turns)
+            example = Example(example.id, str(tokenizer.decode(ids[:context_length])), example.turns)
         yield example
 
 

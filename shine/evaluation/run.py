@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -47,7 +46,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             )
             examples = [example for example in found if stage == "pretrain" or example.turns]
             if not examples:
-                raise ValueError(f"data.test.{name}: nothing to ask ({tally}); give a source that holds {'texts' if stage == 'pretrain' else 'questions'}")
+                wanted = "texts" if stage == "pretrain" else "questions"
+                raise ValueError(f"data.test.{name}: nothing to ask ({tally}); give a source that holds {wanted}")
             print(f"{name}: {tally}", flush=True)
             scored = {m.name: _score(m, name, examples, config, stage=stage, write=_writer(lines.write)) for m in methods}
             summary["sources"][name] = {"tally": str(tally), "methods": scored}
@@ -62,7 +62,9 @@ def load_methods(config: EvaluationConfig) -> list[Method]:
     targets = config.hypernetwork.targets
     if "shine" in config.methods:
         if config.checkpoint is None:
-            raise ValueError("checkpoint: missing; SHINE needs a hypernetwork, set checkpoint=<directory> or methods=[in_context,only_question]")
+            raise ValueError(
+                "checkpoint: missing; set checkpoint=<directory>, or leave SHINE out: methods=[in_context,only_question]"
+            )
         info = read_info(config.checkpoint)
         targets = info.hypernetwork.targets if info else targets
     backbone, tokenizer = load_backbone(config.backbone, targets=targets)

@@ -156,5 +156,3 @@ def describe(hypernetwork: Hypernetwork, backbone: Backbone, *, samples: int, st
 
 def _due(step: int, every: int, *, last: int | None = None) -> bool:
     return every > 0 and (step % every == 0 or step == last)
-
-

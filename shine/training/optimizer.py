@@ -17,7 +17,8 @@ def learning_rate(step: int, *, stage: StageConfig, total_steps: int) -> float:
 
 def build_optimizer(hypernetwork: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
     """AdamW over every trainable; norms and biases are not decayed."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for module in hypernetwork.modules():
         for name, parameter in module.named_parameters(recurse=False):
             (plain if isinstance(module, nn.LayerNorm) or name == "bias" else decayed).append(parameter)

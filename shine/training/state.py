@@ -57,9 +57,7 @@ def find_resume(resume: str, output: Path) -> Path:
     return path
 
 
-def restore_state(
-    directory: Path, hypernetwork: Hypernetwork, backbone: Backbone, *, optimizer: torch.optim.Optimizer
-) -> Position:
+def restore_state(directory: Path, hypernetwork: Hypernetwork, backbone: Backbone, *, optimizer: torch.optim.Optimizer) -> Position:
     """Put a step directory's weights and optimizer state in place and return where it stood.
 
     Raises:

@@ -44,7 +44,8 @@ class Validation:
         elif self.examples:
             sets["answers"] = AnswerSamples(self.examples, tokenizer, stage)
         self.sets = {
-            name: [sample for i in range(min(len(found), wanted)) if (sample := found.sample(i, epoch=0))] for name, found in sets.items()
+            name: [sample for i in range(min(len(found), wanted)) if (sample := found.sample(i, epoch=0))]
+            for name, found in sets.items()
         }
 
     def __bool__(self) -> bool:

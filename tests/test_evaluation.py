@@ -1,0 +1,235 @@
+"""Three methods over the same examples: what each sees, one encoding a context, scores, files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_hypernetwork_config, tiny_tokenizer
+from torch.nn import functional as F
+
+from shine.backbone import Backbone
+from shine.chat import Message, encode_conversation, encode_prompt, token_ids
+from shine.checkpoint import CheckpointInfo, save_hypernetwork
+from shine.config import BackboneConfig, DataConfig, EvaluationConfig, PromptConfig, SourceConfig, StageConfig
+from shine.data.examples import Example, Turn
+from shine.evaluation import pretraining, qa
+from shine.evaluation.methods import Asked, Method
+from shine.evaluation.run import PREDICTIONS_FILE, SUMMARY_FILE, evaluate, load_methods
+from shine.hypernetwork import Hypernetwork
+
+PROMPTS = PromptConfig(system="Be brief.", in_context="Text: {context}\nQuestion: {question}")
+EXAMPLES = [
+    Example("a", "Ada is red.", (Turn("Who?", ("Ada",)), Turn("What color?", ("red", "Red")), Turn("Why?", ("so",)))),
+    Example("b", "Bo lives in a very long street of Rome.", (Turn("Where?", ("Rome",)), Turn("Who?", ("Bo",)))),
+    Example("c", "Cy eats.", (Turn("What does Cy do all day long?", ("eat",)),)),
+]
+
+
+def evaluation_config(folder: str, output: Path, **changes: Any) -> EvaluationConfig:
+    values: dict[str, Any] = {
+        "backbone": BackboneConfig(path=folder, dtype="float32", device="cpu"),
+        "hypernetwork": tiny_hypernetwork_config(),
+        "stage": StageConfig(name="1qa", context_length=64, conversation_length=64, learning_rate=1.0, warmup_steps=0),
+        "data": DataConfig(test={"mine": SourceConfig(kind="jsonl", path=str(output / "mine.jsonl"))}),
+        "prompts": PROMPTS,
+        "output": str(output / "out"),
+        "batch_size": 2,
+        "max_new_tokens": 6,
+        "lengths": (10, 20, 40),
+    }
+    return EvaluationConfig(**{**values, **changes})
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, make_backbone: Callable[..., Backbone]) -> str:
+    torch.manual_seed(4)
+    config = tiny_hypernetwork_config()
+    save_hypernetwork(
+        tmp_path / "checkpoint", Hypernetwork(config, make_backbone()), CheckpointInfo(BackboneConfig(path="x"), config)
+    )
+    return str(tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def methods(tiny_backbone_folder: str, checkpoint: str, tmp_path: Path) -> dict[str, Method]:
+    return {
+        method.name: method for method in load_methods(evaluation_config(tiny_backbone_folder, tmp_path, checkpoint=checkpoint))
+    }
+
+
+def write_examples(path: Path) -> None:
+    rows = [
+        {"id": e.id, "context": e.context, "turns": [{"question": t.question, "answers": list(t.answers)} for t in e.turns]}
+        for e in EXAMPLES
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_what_each_method_shows_the_backbone(methods: dict[str, Method]) -> None:
+    asked = Asked(0, "Why?", history=(("Who?", "Ada"),))
+    tail = [Message("assistant", "Ada"), Message("user", "Why?")]
+    for method in methods.values():
+        method.prepare(["Ada is red."])
+    assert methods["shine"].messages(asked) == [Message("user", "Who?"), *tail]
+    assert methods["only_question"].messages(asked) == [Message("system", "Be brief."), Message("user", "Who?"), *tail]
+    opening = Message("user", "Text: Ada is red.\nQuestion: Who?")
+    assert methods["in_context"].messages(asked) == [Message("system", "Be brief."), opening, *tail]
+
+
+def test_only_shine_wears_an_adapter_and_only_the_baselines_get_the_prefix(
+    tiny_backbone_folder: str, checkpoint: str, tmp_path: Path
+) -> None:
+    backbone = BackboneConfig(path=tiny_backbone_folder, dtype="float32", device="cpu", baseline_prefix="<think></think>")
+    for method in load_methods(evaluation_config(tiny_backbone_folder, tmp_path, checkpoint=checkpoint, backbone=backbone)):
+        method.prepare(["Ada is red."])
+        assert (method.worn([Asked(0, "Who?")]) is not None) == (method.name == "shine")
+        assert method.assistant_prefix == ("" if method.name == "shine" else "<think></think>")
+
+
+@pytest.mark.parametrize("conversations", [False, True], ids=["single", "turns"])
+@pytest.mark.parametrize("name", ["shine", "in_context", "only_question"])
+def test_batched_answers_are_those_of_one_by_one(
+    methods: dict[str, Method], name: str, conversations: bool, tiny_backbone_folder: str, tmp_path: Path
+) -> None:
+    """Contexts of unlike length, questions of unlike number, batches of two: as if each were alone."""
+    method = methods[name]
+    together = list(
+        qa.predict(
+            method, "s", EXAMPLES, evaluation_config(tiny_backbone_folder, tmp_path), conversations=conversations, clock=qa.Clock()
+        )
+    )
+    one = evaluation_config(tiny_backbone_folder, tmp_path, batch_size=1)
+    alone = [
+        prediction
+        for example in EXAMPLES
+        for prediction in qa.predict(method, "s", [example], one, conversations=conversations, clock=qa.Clock())
+    ]
+    assert together == alone
+    assert [(p.id, p.turn) for p in together] == [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1), ("c", 0)]
+    assert all(prediction.prediction for prediction in together)
+
+
+def test_a_context_with_several_questions_is_encoded_once(
+    methods: dict[str, Method], monkeypatch: pytest.MonkeyPatch, tiny_backbone_folder: str, tmp_path: Path
+) -> None:
+    method = methods["shine"]
+    contexts: list[int] = []
+    read = Backbone.memory_states
+
+    def counting(self: Backbone, ids: torch.Tensor, mask: torch.Tensor | None, **options: Any) -> torch.Tensor:
+        contexts.append(len(ids))
+        return read(self, ids, mask, **options)
+
+    monkeypatch.setattr(Backbone, "memory_states", counting)
+    config = evaluation_config(tiny_backbone_folder, tmp_path)
+    predictions = list(qa.predict(method, "s", EXAMPLES, config, conversations=False, clock=qa.Clock()))
+    assert len(predictions) == 6
+    assert contexts == [2, 1]
+    assert method.encoded == 3
+
+
+@pytest.mark.parametrize("history", ["own", "gold"])
+def test_a_conversation_feeds_earlier_answers_back(
+    history: str, methods: dict[str, Method], monkeypatch: pytest.MonkeyPatch, tiny_backbone_folder: str, tmp_path: Path
+) -> None:
+    seen: list[Asked] = []
+    answer = Method.answer
+
+    def recording(self: Method, asked: list[Asked], *, max_new_tokens: int) -> list[str]:
+        seen.extend(asked)
+        return answer(self, asked, max_new_tokens=max_new_tokens)
+
+    monkeypatch.setattr(Method, "answer", recording)
+    config = evaluation_config(tiny_backbone_folder, tmp_path, history=history)
+    predictions = list(qa.predict(methods["only_question"], "s", EXAMPLES[:1], config, conversations=True, clock=qa.Clock()))
+    said = [p.prediction for p in predictions] if history == "own" else ["Ada", "red", "so"]
+    assert [asked.history for asked in seen] == [(), (("Who?", said[0]),), (("Who?", said[0]), ("What color?", said[1]))]
+
+
+def test_recall_loss_is_that_of_the_text_and_its_end(methods: dict[str, Method], tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """Against a forward pass written out by hand, for SHINE and both tasks."""
+    method = methods["shine"]
+    config = evaluation_config(tiny_backbone_folder, tmp_path)
+    results = {(r.id, r.task): r for r in pretraining.recall(method, "s", EXAMPLES, config, clock=qa.Clock())}
+    assert set(results) == {(example.id, task) for example in EXAMPLES for task in pretraining.TASKS}
+    tokenizer = tiny_tokenizer()
+    for example in EXAMPLES:
+        method.prepare([example.context])
+        messages = [Message("user", "<RECON>"), Message("assistant", example.context)]
+        encoded = encode_conversation(tokenizer, messages)
+        ids = torch.tensor([encoded.input_ids])
+        with torch.no_grad():
+            logits = method.backbone.logits(method.backbone.hidden(ids, None, lora=method.lora))[0]
+        # The newline after the end token is a label in training; what counts here is the text and its end.
+        labels = torch.tensor(encoded.labels)[1:-1]
+        expected = F.cross_entropy(logits[:-2], labels, reduction="mean")
+        result = results[example.id, "reconstruct"]
+        assert result.loss == pytest.approx(float(expected), rel=1e-4)
+        assert result.length == len(token_ids(tokenizer, example.context))
+        assert result.bucket == min(bound for bound in (10, 20, 40) if bound >= result.length)
+        assert result.tokens == result.length + 1
+
+
+def test_exact_prefix_of_generation_is_that_of_teacher_forcing(
+    methods: dict[str, Method], tiny_backbone_folder: str, tmp_path: Path
+) -> None:
+    method = methods["in_context"]
+    config = evaluation_config(tiny_backbone_folder, tmp_path)
+    for result in pretraining.recall(method, "s", EXAMPLES, config, clock=qa.Clock()):
+        example = next(e for e in EXAMPLES if e.id == result.id)
+        visible = pretraining._visible(example, result.task, config.seed)
+        method.prepare([visible])
+        question = PROMPTS.repeat if result.task == "reconstruct" else PROMPTS.complete
+        prompt = encode_prompt(method.tokenizer, method.messages(Asked(0, question)))
+        target = token_ids(method.tokenizer, example.context)
+        with torch.no_grad():
+            logits = method.backbone.logits(method.backbone.hidden(torch.tensor([prompt + target]), None, lora=None))[0]
+        right = (logits[len(prompt) - 1 : -1].argmax(-1) == torch.tensor(target)).tolist()
+        assert result.exact_prefix == pytest.approx((right.index(False) if False in right else len(right)) / len(target))
+
+
+def test_summaries_weigh_tokens_and_texts() -> None:
+    recall = pretraining.Recall("s", "x", "reconstruct", "shine", 3, 10, 4, 1.0, 0.5, 0.0, 0.2, "")
+    other = pretraining.Recall("s", "y", "reconstruct", "shine", 11, 20, 12, 3.0, 1.0, 1.0, 1.0, "")
+    completions = [pretraining.Recall("s", "x", "complete", "shine", 3, 10, 4, 2.0, 0.0, 0.0, 0.0, "")]
+    summary: Any = pretraining.summarise([recall, other, *completions])
+    assert summary["reconstruct"]["perplexity"] == pytest.approx(math.exp((1.0 * 4 + 3.0 * 12) / 16))
+    assert summary["reconstruct"]["exact_prefix"] == 75.0
+    assert summary["reconstruct"]["lengths"]["20"]["em"] == 100.0
+    assert summary["complete"]["perplexity"] == pytest.approx(math.exp(2.0))
+    assert summary["texts"] == 2
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "mqa", "1qa"])
+def test_an_evaluation_writes_every_prediction_and_a_summary(
+    stage: Any, tiny_backbone_folder: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_examples(tmp_path / "mine.jsonl")
+    stage_values = StageConfig(name=stage, context_length=20, conversation_length=64, learning_rate=1.0, warmup_steps=0)
+    evaluate(evaluation_config(tiny_backbone_folder, tmp_path, checkpoint=checkpoint, stage=stage_values))
+    rows = [json.loads(line) for line in (tmp_path / "out" / PREDICTIONS_FILE).read_text().splitlines()]
+    assert len(rows) == 3 * 6
+    summary = json.loads((tmp_path / "out" / SUMMARY_FILE).read_text())
+    found = summary["sources"]["mine"]
+    assert "1 contexts cut (19 tokens)" in found["tally"]
+    for name in ("shine", "in_context", "only_question"):
+        mine = [row for row in rows if row["method"] == name]
+        assert found["methods"][name]["em"] == pytest.approx(100 * sum(row["em"] for row in mine) / len(mine))
+        assert found["methods"][name]["f1"] == pytest.approx(100 * sum(row["f1"] for row in mine) / len(mine))
+    assert found["methods"]["shine"]["contexts_encoded"] == (6 if stage == "pretrain" else 3)
+    table = capsys.readouterr().out
+    assert all(title in table for title in ("SHINE", "In-Context", "Only Question", "F1"))
+
+
+def test_bad_input_names_the_remedy(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text('{"context": "Ada is red."}\n')
+    with pytest.raises(ValueError, match="set checkpoint=<directory>, or leave SHINE out"):
+        evaluate(evaluation_config(tiny_backbone_folder, tmp_path))
+    with pytest.raises(ValueError, match=r"data\.test\.mine: nothing to ask"):
+        evaluate(evaluation_config(tiny_backbone_folder, tmp_path, methods=("only_question",)))
