@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -146,6 +147,9 @@ def test_nothing_is_worn_outside_the_block_not_even_after_an_exception() -> None
         with pytest.raises(ValueError, match="cannot wear"), backbone.wearing(misfit):
             backbone.model(ids)
         assert torch.equal(backbone.model(ids).logits, worn)
+    # Not even by a linear that is called by itself right after.
+    x = torch.ones(1, 32, dtype=torch.float64)
+    assert torch.equal(backbone.model.model.layers[2].mlp.up_proj(x), plain.model.layers[2].mlp.up_proj(x))
     assert torch.equal(backbone.model(ids).logits, wanted)
     with pytest.raises(KeyError), backbone.wearing(one):
         raise KeyError
@@ -372,6 +376,26 @@ def test_an_exception_while_reading_leaves_nothing_behind() -> None:
     handle.remove()
     assert torch.equal(backbone.model(ids).logits, plain(ids).logits)
     assert torch.equal(backbone.memory_states(ids, None, memory_tokens=memory, meta_lora=meta), before)
+
+
+@torch.no_grad()
+def test_states_are_collected_in_a_context_pass_only() -> None:
+    _, backbone = pair()
+    ids, _ = pad_left(random_rows(*[5] * 7), value=PAD)
+    meta = random_lora(backbone.linear_shapes, batch=1)
+    misfit = random_lora(backbone.linear_shapes, batch=3)
+
+    def kept() -> int:
+        """Tensors alive that have the shape of a layer's memory states."""
+        gc.collect()
+        return sum(type(thing) is Tensor and thing.shape == (7, 3, 32) for thing in gc.get_objects())
+
+    before = kept()
+    backbone.memory_states(ids, None, memory_tokens=torch.zeros(3, 32, dtype=torch.float64), meta_lora=meta)
+    with pytest.raises(ValueError, match="cannot wear"):
+        backbone.memory_states(ids, None, memory_tokens=torch.zeros(3, 32, dtype=torch.float64), meta_lora=misfit)
+    backbone.hidden(ids, None, lora=None)
+    assert kept() == before
 
 
 def test_memory_states_carry_a_gradient_to_memory_tokens_and_meta_lora() -> None:

@@ -82,7 +82,7 @@ def test_what_each_method_shows_the_backbone(methods: dict[str, Method]) -> None
     assert methods["in_context"].messages(asked) == [Message("system", "Be brief."), opening, *tail]
 
 
-def test_only_shine_wears_an_adapter_and_only_the_baselines_get_the_prefix(
+def test_shine_wears_an_adapter_and_the_baselines_get_the_prefix(
     tiny_backbone_folder: str, checkpoint: str, tmp_path: Path
 ) -> None:
     backbone = BackboneConfig(path=tiny_backbone_folder, dtype="float32", device="cpu", baseline_prefix="<think></think>")
@@ -99,11 +99,8 @@ def test_batched_answers_are_those_of_one_by_one(
 ) -> None:
     """Contexts of unlike length, questions of unlike number, batches of two: as if each were alone."""
     method = methods[name]
-    together = list(
-        qa.predict(
-            method, "s", EXAMPLES, evaluation_config(tiny_backbone_folder, tmp_path), conversations=conversations, clock=qa.Clock()
-        )
-    )
+    two = evaluation_config(tiny_backbone_folder, tmp_path)
+    together = list(qa.predict(method, "s", EXAMPLES, two, conversations=conversations, clock=qa.Clock()))
     one = evaluation_config(tiny_backbone_folder, tmp_path, batch_size=1)
     alone = [
         prediction

@@ -117,7 +117,13 @@ def test_greedy_tokens(loaded: tuple[Backbone, Hypernetwork], expected: dict[str
         lora = hypernetwork(backbone, expected["context_ids"], expected["context_mask"])
     count = expected["greedy_tokens"].shape[1]
     tokens = backbone.generate(
-        expected["input_ids"], expected["input_mask"], lora=lora, max_new_tokens=count, stop_ids=None, pad_id=0, min_new_tokens=count
+        expected["input_ids"],
+        expected["input_mask"],
+        lora=lora,
+        max_new_tokens=count,
+        stop_ids=None,
+        pad_id=0,
+        min_new_tokens=count,
     )
     assert torch.equal(tokens, expected["greedy_tokens"])
 

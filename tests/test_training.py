@@ -91,7 +91,9 @@ def gradients_of(
     return result.loss, {name: p.grad.clone() for name, p in hypernetwork.named_parameters() if p.grad is not None}
 
 
-def assert_same(first: tuple[float, dict[str, Tensor]], second: tuple[float, dict[str, Tensor]], *, tolerance: float = 1e-6) -> None:
+def assert_same(
+    first: tuple[float, dict[str, Tensor]], second: tuple[float, dict[str, Tensor]], *, tolerance: float = 1e-6
+) -> None:
     """Equal up to ``tolerance``: transformers computes norms and rotations in float32 even in a float64 model, and padding
     shifts the positions of a row, so rounding of that size is what equality can mean."""
     assert first[0] == pytest.approx(second[0], rel=tolerance)
@@ -126,7 +128,8 @@ def test_padding_changes_nothing(make_backbone: Callable[..., Backbone]) -> None
     long = others[-1]
     backbone = make_backbone(dtype=torch.float64)
     batch = collate([short, long], pad_id=0)
-    assert batch.context_mask is not None and batch.input_mask is not None
+    assert batch.context_mask is not None
+    assert batch.input_mask is not None
     alone = [gradients_of(backbone, [sample], micro_batch_size=1) for sample in (short, long)]
     labels = [short.label_count, long.label_count]
     loss, gradients = gradients_of(backbone, [short, long], micro_batch_size=2)
@@ -251,12 +254,16 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tiny_backbone_folder: str
 def test_stages_chain_and_remember(tiny_backbone_folder: str, tmp_path: Path) -> None:
     short = {"steps": 2, "evaluate_every": 2}
     first = train(train_config(tiny_backbone_folder, tmp_path / "pretrain", stage=stage_config("pretrain", **short)))
-    second = train(train_config(tiny_backbone_folder, tmp_path / "mqa", stage=stage_config("mqa", **short), checkpoint=str(tmp_path / "pretrain")))
+    start = {"stage": stage_config("mqa", **short), "checkpoint": str(tmp_path / "pretrain")}
+    second = train(train_config(tiny_backbone_folder, tmp_path / "mqa", **start))
     info = read_info(second)
-    assert info is not None and info.stages == ("pretrain", "mqa")
+    assert info is not None
+    assert info.stages == ("pretrain", "mqa")
     rows = [json.loads(line) for line in (tmp_path / "pretrain" / METRICS_FILE).read_text().splitlines()]
     measured = next(row for row in rows if "validation/adapter_cosine" in row)
-    assert {"validation/reconstruct/perplexity", "validation/complete/perplexity", "validation/adapter_effective_rank"} <= set(measured)
+    assert {"validation/reconstruct/perplexity", "validation/complete/perplexity", "validation/adapter_effective_rank"} <= set(
+        measured
+    )
     assert -1 <= measured["validation/adapter_cosine"] <= 1.0001
     assert list((tmp_path / "pretrain" / "tensorboard").glob("events*"))
     assert first != second
@@ -279,7 +286,9 @@ def test_bad_input_names_the_remedy(changes: dict[str, Any], remedy: str, tiny_b
         train(train_config(tiny_backbone_folder, tmp_path, **changes))
 
 
-def test_a_checkpoint_of_other_ranks_is_refused(tiny_backbone_folder: str, tmp_path: Path, make_backbone: Callable[..., Backbone]) -> None:
+def test_a_checkpoint_of_other_ranks_is_refused(
+    tiny_backbone_folder: str, tmp_path: Path, make_backbone: Callable[..., Backbone]
+) -> None:
     final = train(train_config(tiny_backbone_folder, tmp_path, stage=stage_config(steps=1)))
     values = json.loads((final / "config.json").read_text())
     values["hypernetwork"]["rank"] = 3

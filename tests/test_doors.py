@@ -1,0 +1,57 @@
+"""The doors as a user runs them: exit codes and one-message errors, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["hypernetwork.rank=2", "hypernetwork.meta_rank=4", "hypernetwork.m2p.heads=2", "experiment=cpu_world"]
+
+
+def run(door: str, *overrides: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(ROOT / door), *overrides], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_train_then_test_through_the_doors(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """From another folder, in three short stages, and each stage's test on the result."""
+    checkpoint = "null"
+    world = ["data.train.worlds.options.count=40", "data.validation.worlds.options.count=4", "data.test.worlds.options.count=3"]
+    common = [*SMALL, f"backbone.path={tiny_backbone_folder}", *world]
+    for stage, door in (("pretrain", "test_pretrain.py"), ("mqa", "test_pwc.py"), ("1qa", "test.py")):
+        length = ["stage.context_length=400", "stage.conversation_length=600"]
+        size = ["stage.batch_size=4", "stage.micro_batch_size=4", "stage.steps=2", "stage.evaluate_every=2"]
+        place = [f"checkpoint={checkpoint}", f"output={tmp_path / stage}"]
+        trained = run("train.py", f"stage={stage}", *common, *length, *size, *place, cwd=tmp_path)
+        assert trained.returncode == 0, trained.stderr
+        checkpoint = str(tmp_path / stage)
+        place = [f"checkpoint={checkpoint}", f"output={tmp_path / door}"]
+        tested = run(door, *common, length[0], *place, "max_new_tokens=4", cwd=tmp_path)
+        assert tested.returncode == 0, tested.stderr
+        summary = json.loads((tmp_path / door / "summary.json").read_text())
+        assert summary["stage"] == stage
+        assert set(summary["sources"]["worlds"]["methods"]) == {"shine", "in_context", "only_question"}
+    assert not list(tmp_path.glob(".hydra"))
+    assert not list(tmp_path.glob("*.log"))
+
+
+@pytest.mark.parametrize(
+    ("door", "overrides", "message"),
+    [
+        ("train.py", ["+stage.lerning_rate=1"], "stage.lerning_rate: unknown key; did you mean learning_rate?"),
+        ("train.py", ["hypernetwork.layout=xy"], "hypernetwork.layout: should be 'rl', 'lr', 'rr' or 'll'"),
+        ("train.py", ["backbone.path=models/Qwen3-8B"], "models/Qwen3-8B"),
+        ("train.py", ["checkpoint=checkpoints/none"], "checkpoints/none: no such checkpoint directory"),
+        ("test.py", [], "checkpoint: missing"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_message(door: str, overrides: list[str], message: str, tmp_path: Path) -> None:
+    result = run(door, "experiment=cpu_world", f"output={tmp_path / 'out'}", *overrides, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
