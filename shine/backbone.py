@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from shine.lora import LinearShape, LoRA
 
@@ -54,6 +54,8 @@ class Backbone:
 
     def __init__(self, model: PreTrainedModel, *, targets: Sequence[str] = TARGETS, activation_checkpointing: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
+        # What a checkpoint suggests (sampling, repetition penalties) would make greedy answers something else.
+        model.generation_config = GenerationConfig()
         self.activation_checkpointing = activation_checkpointing
         self._wearing = _Wearing()
         self._layers = cast(nn.ModuleList, model.base_model.layers)
@@ -161,7 +163,6 @@ class Backbone:
 
         ``options`` go to transformers' ``generate`` unchanged (a streamer, sampling, ...).
         """
-        chosen = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **options}
         with self.wearing(lora):
             tokens = self.model.generate(
                 input_ids=input_ids,
@@ -170,7 +171,7 @@ class Backbone:
                 num_beams=beams,
                 eos_token_id=list(stop_ids) if stop_ids else None,
                 pad_token_id=pad_id,
-                **chosen,
+                **options,
             )
         return tokens[:, input_ids.shape[1] :]
 

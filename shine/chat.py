@@ -58,13 +58,18 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, task_tokens: TaskToken
                 f"this tokenizer has no {mark}: SHINE speaks ChatML, choose a backbone that knows it (an instruct model)"
             )
     names = [task_tokens.reconstruct, task_tokens.complete, task_tokens.nothing]
-    missing = [name for name in names if name not in tokenizer.get_vocab()]
-    if len(tokenizer) + len(missing) > embedding_rows:
+    missing = [name for name in names if len(token_ids(tokenizer, name)) != 1]
+    if missing and len(tokenizer) + len(missing) > embedding_rows:
         spare = [name for name in tokenizer.all_special_tokens if name not in (START, END)]
         raise ValueError(
             f"no spare embedding row for {', '.join(missing)} ({len(tokenizer)} tokens, {embedding_rows} rows): set "
             f"backbone.task_tokens to special tokens the vocabulary has and does not need, some of {', '.join(spare)}"
         )
+    for name in missing:
+        if name in tokenizer.get_vocab():
+            raise ValueError(
+                f"{name!r} is a piece of words to this tokenizer: set backbone.task_tokens to special tokens, or new ones"
+            )
     tokenizer.add_tokens(missing, special_tokens=True)
 
 
@@ -95,8 +100,8 @@ def encode_conversation(
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, assistant_prefix: str = "") -> list[int]:
     """Ids of a conversation that ends where the assistant's next answer begins."""
-    ids = [i for message in messages for i in token_ids(tokenizer, render(message))]
-    return ids + token_ids(tokenizer, f"{START}assistant\n{assistant_prefix}")
+    said = encode_conversation(tokenizer, messages).input_ids
+    return said + token_ids(tokenizer, f"{START}assistant\n{assistant_prefix}")
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

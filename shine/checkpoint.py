@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -63,13 +63,17 @@ def find_checkpoint(path: str | Path) -> Path:
         raise ValueError(f"{path}: no such checkpoint directory; train the stage that makes it, or download it")
     if (path / CONFIG_FILE).exists() or is_released(path):
         return path
-    inside = sorted(
-        (child for child in path.iterdir() if (child / CONFIG_FILE).exists() or is_released(child)),
-        key=lambda child: (child.name == "final", int(child.name.rsplit("-", 1)[-1]) if child.name[-1].isdigit() else -1),
-    )
+    # A name with a dot in front is a folder that a killed run was still writing.
+    children = [child for child in path.iterdir() if not child.name.startswith(".")]
+    inside = sorted((child for child in children if (child / CONFIG_FILE).exists() or is_released(child)), key=_age)
     if not inside:
         raise ValueError(f"{path}: holds neither {CONFIG_FILE} nor {', '.join(RELEASED_FILES)}, nor a folder that does")
     return inside[-1]
+
+
+def _age(directory: Path) -> tuple[bool, int]:
+    number = re.search(r"-(\d+)$", directory.name)
+    return directory.name == "final", int(number[1]) if number else -1
 
 
 def is_released(path: Path) -> bool:
@@ -89,14 +93,22 @@ def read_info(path: str | Path) -> CheckpointInfo | None:
     file = directory / CONFIG_FILE
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); fetch or train the checkpoint again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: holds no configuration; fetch or train the checkpoint again")
     if values.get("format") != FORMAT:
         raise ValueError(f"{file}: format {values.get('format')!r}, this version of shine reads {FORMAT}: upgrade shine")
     try:
         return parse(CheckpointInfo, {key: values[key] for key in ("backbone", "hypernetwork", "stages")})
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def effective_config(path: str | Path | None, config: HypernetworkConfig) -> HypernetworkConfig:
+    """The shape of the hypernetwork that ``path`` holds: its own record; ``config`` for a released directory, or without a path."""
+    info = read_info(path) if path is not None else None
+    return info.hypernetwork if info is not None else config
 
 
 def save_hypernetwork(
@@ -145,16 +157,37 @@ def read_released(directory: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: a file is damaged, or holds something else than weights.
     """
-    memory, network, meta = (_unpickle_weights(directory / name) for name in RELEASED_FILES)
-    tensors = {"memory_tokens": memory.detach()}
-    for name, tensor in network.items():
-        tensors["m2p." + _released_name(name)] = tensor
-    for layer, groups in meta.items():
-        for group, names in _RELEASED_META.items():
-            for name in names:
-                for letter in "AB":
-                    tensors[f"meta_lora.layers.{layer}.{name}_proj.{letter}"] = groups[group][name][letter].detach()
+    tensors: dict[str, Tensor] = {}
+    for name, rename in zip(RELEASED_FILES, (_memory_names, _network_names, _meta_names), strict=True):
+        file = directory / name
+        content = _unpickle_weights(file)
+        try:
+            found = rename(content)
+        except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
+            raise ValueError(f"{file}: not laid out as released ({type(error).__name__}: {error}); download it again") from None
+        odd = next((key for key, value in found.items() if not isinstance(value, Tensor)), None)
+        if odd is not None:
+            raise ValueError(f"{file}: {odd} is not a tensor but a {type(found[odd]).__name__}; download it again")
+        tensors |= {key: value.detach() for key, value in found.items()}
     return tensors
+
+
+def _memory_names(content: Any) -> dict[str, Any]:
+    return {"memory_tokens": content}
+
+
+def _network_names(content: Any) -> dict[str, Any]:
+    return {"m2p." + _released_name(name): tensor for name, tensor in content.items()}
+
+
+def _meta_names(content: Any) -> dict[str, Any]:
+    return {
+        f"meta_lora.layers.{layer}.{name}_proj.{letter}": dict(dict(groups[group])[name])[letter]
+        for layer, groups in content.items()
+        for group, names in _RELEASED_META.items()
+        for name in names
+        for letter in "AB"
+    }
 
 
 def _released_name(name: str) -> str:
@@ -167,10 +200,9 @@ def _released_name(name: str) -> str:
 def _unpickle_weights(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{file}: not a file of plain weights ({str(error).splitlines()[0]}); download it again from its source"
-        ) from None
+    except Exception as error:  # damaged files make the unpickler raise nearly anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{file}: not a file of plain weights ({reason}); download it again from its source") from None
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

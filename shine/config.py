@@ -5,13 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import field, fields, is_dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 T = TypeVar("T")
 _STRICT = ConfigDict(extra="forbid")
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 StageName = Literal["pretrain", "mqa", "1qa"]
 MethodName = Literal["shine", "in_context", "only_question"]
 
@@ -55,9 +59,9 @@ class BackboneConfig:
 class M2PConfig:
     """Depth, heads and feed-forward width of the M2P transformer; ``None`` derives heads from ``H`` and the width as ``2 H``."""
 
-    layers: int = 4
-    heads: int | None = None
-    feed_forward: int | None = None
+    layers: Positive = 4
+    heads: Positive | None = None
+    feed_forward: Positive | None = None
     layers_first: bool = True
 
 
@@ -75,13 +79,13 @@ class HypernetworkConfig:
         meta_std: the meta LoRA's A starts at N(0, this), its B at zero.
     """
 
-    rank: int = 8
-    meta_rank: int = 128
-    scale: float = 1e-3
+    rank: Positive = 8
+    meta_rank: Positive = 128
+    scale: PositiveFloat = 1e-3
     layout: Literal["rl", "lr", "rr", "ll"] = "rl"
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    memory_std: float = 0.02
-    meta_std: float = 1e-3
+    memory_std: NotNegative = 0.02
+    meta_std: NotNegative = 1e-3
     m2p: M2PConfig = field(default_factory=M2PConfig)
 
 
@@ -100,7 +104,7 @@ class SourceConfig:
     kind: str
     path: str | None = None
     split: str = "train"
-    limit: int | None = None
+    limit: Positive | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -132,21 +136,21 @@ class StageConfig:
     """
 
     name: StageName
-    context_length: int
-    conversation_length: int
-    learning_rate: float
-    warmup_steps: int
-    epochs: float = 1.0
-    steps: int | None = None
-    batch_size: int = 32
-    micro_batch_size: int = 1
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    evaluate_every: int = 0
-    evaluation_batches: int = 8
-    save_every: int = 0
-    log_every: int = 10
-    keep: int = 2
+    context_length: Positive
+    conversation_length: Positive
+    learning_rate: PositiveFloat
+    warmup_steps: Count
+    epochs: PositiveFloat = 1.0
+    steps: Positive | None = None
+    batch_size: Positive = 32
+    micro_batch_size: Positive = 1
+    weight_decay: NotNegative = 0.01
+    clip: PositiveFloat = 1.0
+    evaluate_every: Count = 0
+    evaluation_batches: Positive = 8
+    save_every: Count = 0
+    log_every: Count = 10
+    keep: Positive = 2
 
     def __post_init__(self) -> None:
         if self.batch_size % self.micro_batch_size:
@@ -211,10 +215,10 @@ class EvaluationConfig:
     output: str
     checkpoint: str | None = None
     methods: tuple[MethodName, ...] = ("shine", "in_context", "only_question")
-    batch_size: int = 16
-    max_new_tokens: int = 64
+    batch_size: Positive = 16
+    max_new_tokens: Positive = 64
     history: Literal["own", "gold"] = "own"
-    lengths: tuple[int, ...] = (100, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1100)
+    lengths: tuple[Positive, ...] = (100, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1100)
     seed: int = 42
 
 
@@ -225,10 +229,17 @@ def parse(kind: type[T], values: Mapping[str, Any]) -> T:
         ValueError: an unknown key, a missing one, or a value of the wrong type or range; each line names the key and the remedy.
     """
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return TypeAdapter(kind).validate_python(_without_open(values))
     except ValidationError as error:
         lines = [_explain(kind, problem) for problem in error.errors()]
         raise ValueError("the configuration does not hold:\n  " + "\n  ".join(lines)) from None
+
+
+def _without_open(values: Any) -> Any:
+    """Without the values that a YAML file left open for the command line to set (``???``), so that they count as missing."""
+    if not isinstance(values, Mapping):
+        return values
+    return {key: _without_open(value) for key, value in values.items() if value != "???"}
 
 
 def _explain(kind: type, problem: Any) -> str:
@@ -240,11 +251,10 @@ def _explain(kind: type, problem: Any) -> str:
     if problem["type"] in ("missing", "missing_argument"):
         return f"{key}: missing; set {key}=..."
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    return f"{key}: {message} (it is {problem['input']!r})" if not isinstance(problem["input"], Mapping) else f"{key}: {message}"
+    return f"{key}: {message}" if isinstance(problem["input"], Mapping) else f"{key}: {message} (it is {problem['input']!r})"
 
 
 def _keys_beside(kind: Any, location: tuple[Any, ...]) -> list[str]:
     for part in location[:-1]:
-        kind = next((f.type for f in fields(kind) if f.name == part), None) if is_dataclass(kind) else None
-        kind = globals().get(kind, kind) if isinstance(kind, str) else kind
+        kind = get_type_hints(kind)[part] if is_dataclass(kind) else get_args(kind)[1]
     return [f.name for f in fields(kind)] if is_dataclass(kind) else []

@@ -56,6 +56,12 @@ class Hypernetwork(nn.Module):
         super().__init__()
         self.config = config
         hidden, shapes = backbone.hidden_size, backbone.linear_shapes
+        hooked = tuple(shape.path.rsplit(".", 1)[-1] for shape in shapes[0])
+        if hooked != config.targets:
+            raise ValueError(
+                f"the backbone was loaded for the targets {', '.join(hooked)}, this hypernetwork is for "
+                f"{', '.join(config.targets)}: load the backbone with the hypernetwork's targets, in its order"
+            )
         self.layout = LoRALayout(shapes, rank=config.rank, order=config.layout, scale=config.scale)
         meta_layout = LoRALayout(shapes, rank=config.meta_rank)
         memory_tokens = self.layout.memory_tokens(hidden)

@@ -29,6 +29,10 @@ class LinearShape:
         """Number of values in ``A`` and ``B`` together at this rank."""
         return rank * (self.in_features + self.out_features)
 
+    def largest_rank(self) -> int:
+        """The rank beyond which a low-rank update is none."""
+        return min(self.in_features, self.out_features)
+
 
 @dataclass(frozen=True)
 class LoRA(Mapping[str, tuple[Tensor, Tensor]]):
@@ -153,12 +157,12 @@ class LoRALayout:
             raise ValueError(f"the LoRA rank must be at least 1, not {self.rank}")
         if self.scale <= 0:
             raise ValueError(f"the LoRA scale must be positive, not {self.scale}")
-        for shape in self.layers[0]:
-            if self.rank > min(shape.in_features, shape.out_features):
-                raise ValueError(
-                    f"rank {self.rank} does not fit {shape.path} ({shape.in_features} -> {shape.out_features}): "
-                    f"choose a rank up to {min(shape.in_features, shape.out_features)}"
-                )
+        narrowest = min((shape for layer in self.layers for shape in layer), key=LinearShape.largest_rank)
+        if self.rank > narrowest.largest_rank():
+            raise ValueError(
+                f"rank {self.rank} does not fit {narrowest.path} ({narrowest.in_features} -> {narrowest.out_features}): "
+                f"choose a rank up to {narrowest.largest_rank()}"
+            )
 
     @property
     def values_per_layer(self) -> int:

@@ -34,7 +34,7 @@ def _f1(prediction: list[str], answer: list[str]) -> float:
 
 
 def exact_prefix_ratio(prediction: Sequence[int], target: Sequence[int]) -> float:
-    """Share of the target's tokens that the prediction gives before its first error."""
+    """Share of the target's tokens that the prediction gives before its first error; the target must not be empty."""
     right = 0
     for given, wanted in zip(prediction, target, strict=False):
         if given != wanted:

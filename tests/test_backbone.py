@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from conftest import ARCHITECTURES, VOCABULARY, tiny_hypernetwork_config, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -18,7 +19,6 @@ from shine.backbone import TARGETS, Backbone
 from shine.data.batching import pad_left
 from shine.hypernetwork import Hypernetwork
 from shine.lora import LinearShape, LoRA
-from tests.conftest import ARCHITECTURES, VOCABULARY, tiny_hypernetwork_config, tiny_model
 
 KINDS = sorted(ARCHITECTURES)
 Shapes = Sequence[Sequence[LinearShape]]
@@ -296,14 +296,16 @@ def test_generate_stops_at_any_stop_token_and_pads_the_rest() -> None:
 )
 def test_generate_is_greedy_whatever_the_models_own_generation_config_says(changes: dict[str, object]) -> None:
     # Qwen2.5's ships with sampling and a repetition penalty.
-    plain, backbone = pair("qwen2")
+    plain, _ = pair("qwen2")
+    model = tiny_model("qwen2")
+    model.generation_config.update(**changes)
+    backbone = Backbone(model)
     row = random_rows(6)[0] * 2
     wanted: list[int] = []
     with torch.no_grad():
         for _ in range(12):
             wanted.append(int(plain(torch.tensor([row + wanted])).logits[0, -1].argmax()))
     assert len(set(wanted)) < 12, "nothing repeats, so a penalty would not show"
-    backbone.model.generation_config.update(**changes)
     ids = torch.tensor([row])
     found = backbone.generate(ids, torch.ones_like(ids), lora=None, max_new_tokens=12, stop_ids=[2], pad_id=PAD)
     assert found[0].tolist() == wanted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from conftest import SPECIAL, tiny_tokenizer
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -21,7 +22,6 @@ from shine.chat import (
     token_ids,
 )
 from shine.config import TaskTokens
-from tests.conftest import SPECIAL, tiny_tokenizer
 
 MARKS = SPECIAL[:3]
 

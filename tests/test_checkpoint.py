@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_hypernetwork_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -29,7 +30,6 @@ from shine.checkpoint import (
 )
 from shine.config import BackboneConfig, HypernetworkConfig, M2PConfig, TaskTokens
 from shine.hypernetwork import Hypernetwork
-from tests.conftest import tiny_hypernetwork_config, tiny_model
 
 FIXTURE = Path(__file__).parent / "fixtures" / "tiny_qwen3"
 RELEASED = ("mem_tokens.pt", "metanetwork.pth", "metalora.pth")

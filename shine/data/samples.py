@@ -17,6 +17,10 @@ from shine.config import StageConfig, TaskTokens
 from shine.data.examples import Example
 from shine.data.grouping import first_fit
 
+_NEXT_WORD = re.compile(r"\S")
+MIN_PIECE = 8
+"""The least tokens to split texts into; one character can take four."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -139,12 +143,15 @@ class PretrainSamples:
         self.separator = separator_id(tokenizer)
         overhead = len(encode_conversation(tokenizer, self._turn("reconstruct", "")).input_ids)
         budget = min(stage.context_length - 1, stage.conversation_length - overhead)
-        if budget < 1:
+        if budget < MIN_PIECE:
             raise ValueError(
                 f"stage.context_length={stage.context_length} and stage.conversation_length={stage.conversation_length} leave no "
-                f"room for a text: make them more than 1 and {overhead}"
+                f"room for a text: make them at least {MIN_PIECE + 1} and {MIN_PIECE + overhead}"
             )
-        pieces = [piece for example in examples for piece in split_text(tokenizer, example.context, budget=budget)]
+        texts = [example.context for example in examples]
+        if blank := sum(not text.strip() for text in texts):
+            self.tally.skipped["empty context"] = blank
+        pieces = [piece for text in texts if text.strip() for piece in split_text(tokenizer, text, budget=budget)]
         self.texts = [text for text, _ in pieces]
         # A text costs its separator in the context and its turn's marks in the conversation: both must fit.
         costs = [(length + 1, length + overhead) for _, length in pieces]
@@ -172,9 +179,9 @@ class PretrainSamples:
 
 
 def hide_end(text: str, share: float) -> str:
-    """``text`` without the last ``share`` of its words; the first word always stays."""
+    """``text`` without the last ``share`` of its words: at least one word is hidden, and the first always stays."""
     words = list(re.finditer(r"\S+", text))
-    kept = max(round(len(words) * (1 - share)), 1)
+    kept = max(min(round(len(words) * (1 - share)), len(words) - 1), 1)
     return text[: words[kept - 1].end()] if words else text
 
 
@@ -188,7 +195,8 @@ def split_text(tokenizer: PreTrainedTokenizerBase, text: str, *, budget: int) ->
         return [(text, len(starts))] if starts else []
     pieces: list[tuple[str, int]] = []
     begin = 0
-    while begin < len(text):
+    while (word := _NEXT_WORD.search(text, begin)) is not None:
+        begin = word.start()
         first = bisect_left(starts, begin)
         # Cut off by itself, a piece may tokenise to a few more tokens than it had: then take a little less.
         for size in range(budget, 0, -1):
@@ -200,9 +208,8 @@ def split_text(tokenizer: PreTrainedTokenizerBase, text: str, *, budget: int) ->
             length = len(token_ids(tokenizer, piece))
             if length <= budget:
                 break
-        if piece:
-            pieces.append((piece, length))
-        begin = max(end, begin + 1)
+        pieces.append((piece, length))
+        begin = end
     return pieces
 
 

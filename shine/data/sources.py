@@ -36,8 +36,10 @@ def read_squad(config: SourceConfig) -> Iterator[Example]:
     rows = _rows(config, ("id", "context", "question", "answers"))
     for context, group in itertools.groupby(rows, key=lambda row: row["context"]):
         members = list(group)
-        turns = tuple(Turn(row["question"].strip(), tuple(dict.fromkeys(row["answers"]["text"]))) for row in members)
-        yield Example(id=members[0]["id"], context=context, turns=turns)
+        # A question without a gold answer (SQuAD 2.0 has some) cannot be learned from or scored.
+        asked = [(row["question"].strip(), tuple(dict.fromkeys(row["answers"]["text"]))) for row in members]
+        if turns := tuple(Turn(question, answers) for question, answers in asked if answers):
+            yield Example(id=members[0]["id"], context=context, turns=turns)
 
 
 def read_race(config: SourceConfig, *, cloze: bool = True) -> Iterator[Example]:
@@ -49,16 +51,22 @@ def read_race(config: SourceConfig, *, cloze: bool = True) -> Iterator[Example]:
     rows = _rows(config, ("example_id", "article", "question", "options", "answer"))
     for index, (article, group) in enumerate(itertools.groupby(rows, key=lambda row: row["article"])):
         members = [row for row in group if cloze or "_" not in row["question"]]
-        turns = tuple(Turn(row["question"].strip(), (row["options"]["ABCD".index(row["answer"])].strip(),)) for row in members)
+        turns = tuple(Turn(row["question"].strip(), (_right_option(row, config),)) for row in members)
         if turns:
             yield Example(id=f"{members[0]['example_id']}#{index}", context=article, turns=turns)
+
+
+def _right_option(row: Mapping[str, Any], config: SourceConfig) -> str:
+    if row["answer"] not in ("A", "B", "C", "D"):
+        raise ValueError(f"{config.path}: example {row['example_id']}: the answer is {row['answer']!r}, not one of A, B, C, D")
+    return str(row["options"]["ABCD".index(row["answer"])]).strip()
 
 
 def read_text(config: SourceConfig, *, column: str = "text") -> Iterator[Example]:
     """Plain texts: one example a row of the ``text`` column, without turns; empty rows are left out."""
     for index, row in enumerate(_rows(config, (column,))):
-        if row[column].strip():
-            yield Example(id=f"{config.split}-{index}", context=row[column].strip())
+        if text := (row[column] or "").strip():
+            yield Example(id=f"{config.split}-{index}", context=text)
 
 
 def read_jsonl(config: SourceConfig) -> Iterator[Example]:
@@ -67,7 +75,7 @@ def read_jsonl(config: SourceConfig) -> Iterator[Example]:
     ``id`` and ``kind`` are optional, and so are the turns where only the context matters.
     """
     path = _existing(config)
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield _parse_line(line, f"{path}:{number}")
@@ -115,20 +123,26 @@ def _rows(config: SourceConfig, columns: tuple[str, ...]) -> Iterator[Mapping[st
     return iter(table)
 
 
-def _parse_line(line: str, place: str) -> Example:
+def _parse_line(line: bytes, place: str) -> Example:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: not JSON ({error.msg} at column {error.colno})") from None
     context = row.get("context") if isinstance(row, dict) else None
     if not isinstance(context, str) or not context.strip():
         raise ValueError(f'{place}: "context" must be a text that is not empty')
     turns = []
-    for turn in row.get("turns", []):
+    given = row.get("turns", [])
+    if not isinstance(given, list):
+        raise ValueError(f'{place}: "turns" must be a list')
+    for turn in given:
         answers = turn.get("answers") if isinstance(turn, dict) else None
-        if not isinstance(turn, dict) or not isinstance(turn.get("question"), str) or not isinstance(answers, list):
-            raise ValueError(f'{place}: each turn needs a "question" (text) and "answers" (list of texts)')
+        question = turn.get("question") if isinstance(turn, dict) else None
+        if not isinstance(question, str) or not question.strip() or not isinstance(answers, list):
+            raise ValueError(f'{place}: each turn needs a "question" (a text that is not empty) and "answers" (list of texts)')
         if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
             raise ValueError(f'{place}: "answers" must hold at least one text, none of them empty')
-        turns.append(Turn(turn["question"], tuple(answers), str(turn.get("kind", ""))))
+        turns.append(Turn(question, tuple(answers), str(turn.get("kind", ""))))
     return Example(id=str(row.get("id", place)), context=context, turns=tuple(turns))

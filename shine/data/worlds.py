@@ -126,6 +126,16 @@ class World:
     people: tuple[int, int] = (2, 3)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name, (least, most), limit in (("people", self.people, len(NAMES)), ("facts", self.facts, None)):
+            if not 1 <= least <= most or (limit is not None and most > limit):
+                raise ValueError(f"worlds: {name}={[least, most]} must be (least, most), from 1 to {limit or 'any number'}")
+        if self.facts[1] > self.people[0] * len(RELATIONS):
+            raise ValueError(
+                f"worlds: {self.people[0]} people have at most {self.people[0] * len(RELATIONS)} facts, facts={list(self.facts)} "
+                "asks for more: lower facts or raise people"
+            )
+
     def examples(self, count: int) -> Iterator[Example]:
         """``count`` contexts, each fact asked for exactly once; example ``i`` is the same whatever ``count`` is."""
         for index in range(count):

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from shine.backbone import Backbone
-from shine.checkpoint import load_hypernetwork, read_info
+from shine.checkpoint import effective_config, load_hypernetwork
 from shine.config import EvaluationConfig, MethodName, StageName
 from shine.data.examples import Example
 from shine.data.samples import CutTally
@@ -59,14 +59,9 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
 
 def load_methods(config: EvaluationConfig) -> list[Method]:
     """The methods of an evaluation, sharing one backbone."""
-    targets = config.hypernetwork.targets
-    if "shine" in config.methods:
-        if config.checkpoint is None:
-            raise ValueError(
-                "checkpoint: missing; set checkpoint=<directory>, or leave SHINE out: methods=[in_context,only_question]"
-            )
-        info = read_info(config.checkpoint)
-        targets = info.hypernetwork.targets if info else targets
+    if "shine" in config.methods and config.checkpoint is None:
+        raise ValueError("checkpoint: missing; set checkpoint=<directory>, or leave SHINE out: methods=[in_context,only_question]")
+    targets = effective_config(config.checkpoint, config.hypernetwork).targets
     backbone, tokenizer = load_backbone(config.backbone, targets=targets)
     return [_method(name, config, backbone, tokenizer) for name in config.methods]
 

@@ -15,7 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from shine.backbone import Backbone
-from shine.checkpoint import CheckpointInfo, load_hypernetwork, read_info, save_hypernetwork, written_beside
+from shine.checkpoint import (
+    CheckpointInfo,
+    effective_config,
+    load_hypernetwork,
+    read_info,
+    save_hypernetwork,
+    written_beside,
+)
 from shine.config import SourceConfig, TrainConfig
 from shine.data.batching import SampleStream
 from shine.data.examples import Example
@@ -41,7 +48,10 @@ def train(config: TrainConfig) -> Path:
         ValueError: whatever does not fit together, with the remedy: a missing checkpoint or source, ranks, sizes.
     """
     with join_ranks() as ranks:
-        backbone, tokenizer = load_backbone(config.backbone, targets=config.hypernetwork.targets)
+        shape = effective_config(config.checkpoint, config.hypernetwork)
+        if ranks.first and shape != config.hypernetwork:
+            print(f"the hypernetwork is that of {config.checkpoint}, not the one configured: {shape}", flush=True)
+        backbone, tokenizer = load_backbone(config.backbone, targets=shape.targets)
         return _Run(config, backbone, tokenizer, ranks).go()
 
 
