@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from shine.config import EvaluationConfig, TrainConfig, parse
 from shine.data.examples import Example
 from shine.data.sources import read_source
+from shine.data.worlds import guess_rate
 from shine.evaluation.plots import draw_report
 from shine.evaluation.run import PREDICTIONS_FILE, evaluate
 from shine.evaluation.tables import TITLES
@@ -45,7 +46,8 @@ def train_short() -> dict[str, Path]:
     for stage, steps in SHORT.items():
         runs[stage] = OUTPUT / "train" / stage
         short = [f"stage.steps={steps}", "stage.warmup_steps=10", "stage.log_every=5", f"stage.evaluate_every={steps}"]
-        config = values("train", f"stage={stage}", *short, f"output={runs[stage]}", f"checkpoint={checkpoint}")
+        place = [f"output={runs[stage]}", f"checkpoint={checkpoint}", "data.train.worlds.options.count=12000"]
+        config = values("train", f"stage={stage}", *short, *place)
         checkpoint = str(train(parse(TrainConfig, config)))
     return runs
 
@@ -78,7 +80,12 @@ def main() -> None:
     scores = {door: score(door, contexts) for door, contexts in DOORS.items()}
     print("\n3. What the three methods answer. SHINE and Only Question see the question alone.", flush=True)
     source = parse(EvaluationConfig, values("test")).data.test["worlds"]
-    show_answers(OUTPUT / "test" / PREDICTIONS_FILE, list(itertools.islice(read_source(source), 3)))
+    examples = list(itertools.islice(read_source(source), DOORS["test"]))
+    kinds = [turn.kind for example in examples for turn in example.turns]
+    print(
+        f"The best constant answer to each kind of question is right {sum(map(guess_rate, kinds)) / len(kinds):.1f} % of the time."
+    )
+    show_answers(OUTPUT / "test" / PREDICTIONS_FILE, examples[:3])
     panels = [("Single questions", scores["test"]), ("Conversations", scores["test_pwc"])]
     draw_report(OUTPUT / "demo.png", runs=runs, scores=panels)
     report = {

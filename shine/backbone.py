@@ -58,6 +58,10 @@ class Backbone:
         model.generation_config = GenerationConfig()
         self.activation_checkpointing = activation_checkpointing
         self._wearing = _Wearing()
+        if not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
+            raise ValueError(
+                f"{type(model).__name__} keeps its decoder layers elsewhere than in .layers: SHINE needs a Llama-like model"
+            )
         self._layers = cast(nn.ModuleList, model.base_model.layers)
         self.linear_shapes = self._hook_linears(tuple(targets))
         for layer in self._layers:

@@ -128,13 +128,16 @@ def save_hypernetwork(
     (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def load_hypernetwork(path: str | Path, backbone: Backbone, *, config: HypernetworkConfig | None = None) -> Hypernetwork:
+def load_hypernetwork(
+    path: str | Path, backbone: Backbone, *, config: HypernetworkConfig | None = None, trained_on: BackboneConfig | None = None
+) -> Hypernetwork:
     """The hypernetwork in a checkpoint directory, float32, on the backbone's device.
 
     Args:
         path: ours or a released directory, or a folder of such; see `find_checkpoint`.
         backbone: the model it was trained for.
         config: what a released directory does not record; a directory of ours knows its own.
+        trained_on: how the backbone was loaded, to be compared with what a directory of ours says it was trained on.
 
     Raises:
         ValueError: nothing to load, a released directory without ``config``, or a tensor that does not fit: the message
@@ -144,9 +147,17 @@ def load_hypernetwork(path: str | Path, backbone: Backbone, *, config: Hypernetw
     info = read_info(directory)
     if info is None and config is None:
         raise ValueError(f"{directory}: a released checkpoint has no configuration: name the experiment it was trained with")
+    if info is not None and trained_on is not None and info.backbone.task_tokens != trained_on.task_tokens:
+        raise ValueError(
+            f"{directory} was trained with backbone.task_tokens {asdict(info.backbone.task_tokens)}, now they are "
+            f"{asdict(trained_on.task_tokens)}: set them as they were"
+        )
     hypernetwork = Hypernetwork(info.hypernetwork if info is not None else config or HypernetworkConfig(), backbone)
     tensors = read_released(directory) if info is None else _read_safetensors(directory / WEIGHTS_FILE)
-    _check_shapes(hypernetwork, tensors, directory)
+    remedy = "set the ranks and depth it was trained with"
+    if info is not None:
+        remedy = f"it was trained on backbone {info.backbone.path}: set backbone=... or backbone.path=... to that model"
+    _check_shapes(hypernetwork, tensors, directory, remedy=remedy)
     hypernetwork.load_state_dict(tensors)
     return hypernetwork.to(backbone.device)
 
@@ -212,7 +223,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: cannot be read ({error}); fetch or train the checkpoint again") from None
 
 
-def _check_shapes(hypernetwork: Hypernetwork, tensors: Mapping[str, Tensor], directory: Path) -> None:
+def _check_shapes(hypernetwork: Hypernetwork, tensors: Mapping[str, Tensor], directory: Path, *, remedy: str) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in hypernetwork.state_dict().items()}
     problems = [f"{name}: is missing, expected {list(shape)}" for name, shape in expected.items() if name not in tensors]
     problems += [f"{name}: unexpected tensor {list(tensors[name].shape)}" for name in tensors if name not in expected]
@@ -226,10 +237,7 @@ def _check_shapes(hypernetwork: Hypernetwork, tensors: Mapping[str, Tensor], dir
         more = f"\n  and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise ValueError(
             f"{directory} does not fit this backbone with rank={config.rank}, meta_rank={config.meta_rank}, "
-            f"m2p.layers={config.m2p.layers}:\n  "
-            + "\n  ".join(problems[:6])
-            + more
-            + "\nset the ranks and depth it was trained with"
+            f"m2p.layers={config.m2p.layers}:\n  " + "\n  ".join(problems[:6]) + more + "\n{remedy}"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import field, fields, is_dataclass
+from string import Formatter
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -57,7 +58,10 @@ class BackboneConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class M2PConfig:
-    """Depth, heads and feed-forward width of the M2P transformer; ``None`` derives heads from ``H`` and the width as ``2 H``."""
+    """Depth, heads and feed-forward width of the M2P transformer; ``None`` derives heads from ``H`` and the width as ``2 H``.
+
+    The states themselves always have the backbone's width ``H``, which is what makes the direct reshape into a LoRA possible.
+    """
 
     layers: Positive = 4
     heads: Positive | None = None
@@ -88,6 +92,10 @@ class HypernetworkConfig:
     meta_std: NotNegative = 1e-3
     m2p: M2PConfig = field(default_factory=M2PConfig)
 
+    def __post_init__(self) -> None:
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets={list(self.targets)} must name at least one linear, each once")
+
 
 @dataclass(frozen=True, config=_STRICT)
 class SourceConfig:
@@ -97,13 +105,15 @@ class SourceConfig:
         kind: which reader; see `shine.data.sources`.
         path: the folder or file; ``worlds`` invents its examples and has none.
         split: which split of the folder.
-        limit: take only the first so many contexts.
+        skip: leave out the first so many contexts.
+        limit: then take only the first so many.
         options: what the reader of this kind takes beside these.
     """
 
     kind: str
     path: str | None = None
     split: str = "train"
+    skip: Count = 0
     limit: Positive | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -164,6 +174,7 @@ class TrainConfig:
 
     Attributes:
         checkpoint: the previous stage's directory to start from; ``None`` starts the hypernetwork at random.
+        from_scratch: let a QA stage start at random too, which otherwise needs a checkpoint.
         resume: ``latest`` or a step directory of this run to continue from.
         output: where the run writes.
     """
@@ -174,6 +185,7 @@ class TrainConfig:
     data: DataConfig
     output: str
     checkpoint: str | None = None
+    from_scratch: bool = False
     resume: str | None = None
     seed: int = 42
 
@@ -194,6 +206,11 @@ class PromptConfig:
     repeat: str = "Repeat the text above, word for word."
     complete: str = "Write the text above once more, word for word, and continue it to its end."
 
+    def __post_init__(self) -> None:
+        names = {name for _, name, _, _ in Formatter().parse(self.in_context) if name is not None}
+        if names != {"context", "question"}:
+            raise ValueError("in_context must hold {context} and {question}, and no other braces")
+
 
 @dataclass(frozen=True, config=_STRICT)
 class EvaluationConfig:
@@ -204,7 +221,7 @@ class EvaluationConfig:
         hypernetwork: only read for what a released directory does not record.
         stage: whose evaluation this is, and how many tokens of a context are read; the rest of it belongs to training.
         history: what earlier turns of a conversation hold, the method's own answers or the gold ones.
-        lengths: upper bounds, in tokens, of the length buckets of a pretraining evaluation.
+        lengths: upper bounds, in tokens, of the length buckets of a pretraining evaluation; longer texts make one more bucket.
     """
 
     backbone: BackboneConfig
@@ -220,6 +237,14 @@ class EvaluationConfig:
     history: Literal["own", "gold"] = "own"
     lengths: tuple[Positive, ...] = (100, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1100)
     seed: int = 42
+
+    def __post_init__(self) -> None:
+        if list(self.lengths) != sorted(set(self.lengths)):
+            raise ValueError(f"lengths={list(self.lengths)} must rise")
+        if not self.methods:
+            raise ValueError("methods=[]: name at least one of shine, in_context, only_question")
+        if not self.data.test:
+            raise ValueError("data.test is empty: name at least one source to score on")
 
 
 def parse(kind: type[T], values: Mapping[str, Any]) -> T:

@@ -432,7 +432,7 @@ def test_a_conversation_without_a_label_left_is_skipped_and_counted() -> None:
     samples = AnswerSamples([long, ONE], TOKENIZER, stage("1qa", conversation=100))
     assert samples.sample(0, epoch=0) is None
     assert samples.sample(1, epoch=0) is not None
-    assert samples.tally.skipped == {"no label left after truncation": 1}
+    assert samples.tally.skipped == {"no label left after truncation, raise stage.conversation_length": 1}
     assert samples.tally.samples == 1
     assert "1 skipped: no label left after truncation" in str(samples.tally)
 
@@ -652,9 +652,9 @@ def test_a_race_answer_that_is_no_option_names_the_folder(tmp_path: Path, letter
         read("race", folder)
 
 
-def test_text_gives_a_row_each_without_empty_ones(tmp_path: Path) -> None:
+def test_text_gives_a_row_each_and_leaves_empty_ones_to_be_counted(tmp_path: Path) -> None:
     folder = parquet(tmp_path / "text", "train", text=[" one \n", "", "  ", None, "two"], source=["a"] * 5)
-    assert [(e.context, e.turns) for e in read("text", folder, "train")] == [("one", ()), ("two", ())]
+    assert [(e.context, e.turns) for e in read("text", folder, "train")] == [(text, ()) for text in ("one", "", "", "", "two")]
 
 
 def test_text_reads_another_column_and_plain_text_files(tmp_path: Path) -> None:
@@ -662,7 +662,7 @@ def test_text_reads_another_column_and_plain_text_files(tmp_path: Path) -> None:
     assert [e.context for e in read("text", folder, "train", options={"column": "body"})] == ["x", "y"]
     (tmp_path / "lines").mkdir()
     (tmp_path / "lines" / "train.txt").write_text("one\n\ntwo\n")
-    assert [e.context for e in read("text", tmp_path / "lines", "train")] == ["one", "two"]
+    assert [e.context for e in read("text", tmp_path / "lines", "train")] == ["one", "", "two"]
 
 
 def test_ids_of_a_source_are_unique(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from shine.backbone import Backbone
 from shine.checkpoint import load_hypernetwork, read_info
-from shine.config import BackboneConfig, DataConfig, SourceConfig, StageConfig, TrainConfig, parse
+from shine.config import BackboneConfig, DataConfig, SourceConfig, StageConfig, TaskTokens, TrainConfig, parse
 from shine.data.batching import collate
 from shine.data.samples import Sample, build_samples
 from shine.data.sources import read_source
@@ -57,6 +59,7 @@ def train_config(folder: str, output: Path, **changes: Any) -> TrainConfig:
         "stage": stage_config(),
         "data": DataConfig(train={"worlds": WORLDS}, validation={"worlds": replace(WORLDS, options={"count": 8, "seed": 6})}),
         "output": str(output),
+        "from_scratch": True,
         "seed": 1,
     }
     return TrainConfig(**{**values, **changes})
@@ -165,6 +168,23 @@ def test_a_step_is_the_loss_it_says(make_backbone: Callable[..., Backbone]) -> N
     assert step.loss == pytest.approx(float(torch.cat(parts).mean()), rel=1e-5)
 
 
+def test_a_bfloat16_backbone_trains_float32_parameters(make_backbone: Callable[..., Backbone]) -> None:
+    samples = stage_samples("mqa", 4)
+    exact, _ = gradients_of(make_backbone(), samples, micro_batch_size=4)
+    backbone = make_backbone(dtype=torch.bfloat16)
+    hypernetwork = Hypernetwork(tiny_hypernetwork_config(), backbone)
+    batch = collate(samples, pad_id=0)
+    losses, _ = label_losses(hypernetwork, backbone, batch)
+    losses.sum().backward()
+    lora = hypernetwork(backbone, batch.context_ids, batch.context_mask)
+    assert {parameter.dtype for parameter in backbone.model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in hypernetwork.parameters()} == {torch.float32}
+    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in hypernetwork.parameters())
+    assert {weight.dtype for pair in lora.values() for weight in pair} == {torch.float32}
+    assert losses.dtype == torch.float32
+    assert float(losses.detach().mean()) == pytest.approx(exact, rel=0.1)
+
+
 def test_a_gradient_that_is_not_finite_changes_no_parameter(make_backbone: Callable[..., Backbone]) -> None:
     backbone = make_backbone()
     hypernetwork = Hypernetwork(tiny_hypernetwork_config(), backbone)
@@ -204,12 +224,19 @@ def losses_of(output: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
+def cpu_name() -> str:
+    """The processor's own name where the system tells it: two with the same instructions may still sum in another order."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
 def fingerprint() -> dict[str, str]:
     """What exact equality of floating-point sums depends on."""
     return {
         "torch": torch.__version__.split("+")[0],
         "transformers": transformers.__version__,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": f"{torch.backends.cpu.get_cpu_capability()} {cpu_name()}",
     }
 
 
@@ -241,14 +268,58 @@ def one_thread() -> Any:
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_resumed_run_is_the_run_that_was_not_stopped(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """Stopped after step 14, saved at 12, resumed in the same folder: weights and metrics end as if nothing had happened."""
     stage = stage_config(save_every=6, keep=3)
     whole = train(train_config(tiny_backbone_folder, tmp_path / "whole", stage=stage))
     assert [path.name for path in step_directories(tmp_path / "whole")] == ["step-000006", "step-000012", "step-000018"]
-    resumed = train(
-        train_config(tiny_backbone_folder, tmp_path / "resumed", stage=stage, resume=str(tmp_path / "whole" / "step-000006"))
-    )
-    assert losses_of(tmp_path / "resumed") == losses_of(tmp_path / "whole")[6:]
+
+    stopped = tmp_path / "stopped"
+    shutil.copytree(tmp_path / "whole", stopped)
+    shutil.rmtree(stopped / "final")
+    shutil.rmtree(stopped / "step-000018")
+    lines = (stopped / METRICS_FILE).read_text().splitlines(keepends=True)
+    (stopped / METRICS_FILE).write_text("".join(line for line in lines if json.loads(line)["step"] <= 14))
+    resumed = train(train_config(tiny_backbone_folder, stopped, stage=stage, resume="latest"))
+    assert losses_of(stopped) == losses_of(tmp_path / "whole")
     assert (whole / "hypernetwork.safetensors").read_bytes() == (resumed / "hypernetwork.safetensors").read_bytes()
+    assert read_info(resumed) == read_info(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"stage": stage_config("1qa", save_every=1, steps=2)}, "stage is '1qa' now and was 'mqa'"),
+        ({"stage": stage_config(save_every=1, steps=2, batch_size=2)}, "batch_size is 2 now and was 4"),
+        ({"stage": stage_config(save_every=1, steps=5)}, "steps is 5 now and was 2"),
+        ({"seed": 8}, "seed is 8 now and was 1"),
+    ],
+)
+def test_a_resume_on_other_terms_is_refused(changes: dict[str, Any], named: str, tiny_backbone_folder: str, tmp_path: Path) -> None:
+    first = {"stage": stage_config(save_every=1, steps=2)}
+    train(train_config(tiny_backbone_folder, tmp_path, **first))
+    with pytest.raises(ValueError, match=named):
+        train(train_config(tiny_backbone_folder, tmp_path, **{**first, **changes, "resume": "latest"}))
+
+
+def test_a_fresh_run_does_not_mix_with_another(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    config = train_config(tiny_backbone_folder, tmp_path, stage=stage_config(steps=1))
+    train(config)
+    before = (tmp_path / METRICS_FILE).read_bytes()
+    with pytest.raises(ValueError, match=r"holds another run.*resume=latest"):
+        train(config)
+    assert (tmp_path / METRICS_FILE).read_bytes() == before
+
+
+def test_a_qa_stage_without_a_checkpoint_is_refused(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint: missing; stage mqa .*from_scratch=true"):
+        train(train_config(tiny_backbone_folder, tmp_path, from_scratch=False))
+
+
+def test_other_task_tokens_than_those_of_the_checkpoint_are_refused(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    final = train(train_config(tiny_backbone_folder, tmp_path / "first", stage=stage_config(steps=1)))
+    swapped = BackboneConfig(path=tiny_backbone_folder, dtype="float32", task_tokens=TaskTokens("<COMP>", "<RECON>", "<NOTHING>"))
+    with pytest.raises(ValueError, match=r"was trained with backbone\.task_tokens"):
+        train(train_config(tiny_backbone_folder, tmp_path / "second", checkpoint=str(final), backbone=swapped))
 
 
 def test_stages_chain_and_remember(tiny_backbone_folder: str, tmp_path: Path) -> None:

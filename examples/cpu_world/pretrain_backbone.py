@@ -1,9 +1,10 @@
 """Make the CPU world's own backbone: a tokenizer and a small Qwen3 that can read invented facts in its prompt.
 
-Two phases. Random sequences, each said three times, with the loss on the repetitions, grow induction heads; without them the
+Three phases. Random sequences, each said three times, with the loss on the repetitions, grow induction heads; without them the
 model sits for thousands of steps on "copy any value of the context". Then conversations about invented worlds: questions with
 the context, questions without it (which teaches what kind of answer a question wants, and nothing about the answer), and
-repetitions of the context.
+repetitions of the context. Last the same with few kinds of fact in each context, so that only who is asked about tells the
+answers apart; without this phase the model answers with any value of the right kind.
 
     python examples/cpu_world/pretrain_backbone.py --output shine/assets/cpu-world/backbone
 """
@@ -14,10 +15,11 @@ import argparse
 import itertools
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,12 +27,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from shine.chat import IGNORE, Message, encode_conversation
-from shine.config import PromptConfig, TaskTokens
+from shine.config import PromptConfig, TaskTokens, parse
 from shine.data.examples import Example
 from shine.data.worlds import World
 
-PROMPTS = PromptConfig(system="Answer the question with the answer alone.")
-TRAINING_SEED, TOKENIZER_SEED, VALIDATION_SEED = 1, 2, 3
+PROMPTS = parse(PromptConfig, yaml.safe_load((Path(__file__).parents[2] / "configs/prompts/default.yaml").read_text()))
+TRAINING_SEED, TOKENIZER_SEED, BINDING_SEED = 1, 2, 3
+Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -78,14 +81,28 @@ def build_model(vocabulary: int, args: argparse.Namespace) -> Qwen3ForCausalLM:
     )
 
 
-def repeated_sequences(vocabulary: int, *, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``[B, 3 n]`` ids and labels: a random sequence three times, the first time without labels."""
-    length = int(torch.randint(8, 24, (1,), generator=generator))
-    once = torch.randint(6, vocabulary, (batch, length), generator=generator)
-    ids = once.repeat(1, 3)
-    labels = ids.clone()
-    labels[:, :length] = IGNORE
-    return ids, labels
+def repeated_sequences(vocabulary: int, *, batch: int, seed: int) -> Batches:
+    """``[B, 3 n]`` ids and labels, without end: a random sequence three times, the first time without labels."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        length = int(torch.randint(8, 24, (1,), generator=generator))
+        once = torch.randint(6, vocabulary, (batch, length), generator=generator)
+        ids = once.repeat(1, 3)
+        labels = ids.clone()
+        labels[:, :length] = IGNORE
+        yield ids, labels
+
+
+def easy_worlds() -> Iterator[Example]:
+    """Worlds as the hypernetwork will meet them."""
+    return (World(seed=TRAINING_SEED).example(index) for index in itertools.count())
+
+
+def hard_worlds() -> Iterator[Example]:
+    """In turn a world of few kinds, where people share them, and one as in `easy_worlds`."""
+    few = World(seed=BINDING_SEED, people=(3, 4), kinds=(2, 3), facts=(4, 6))
+    plain = World(seed=BINDING_SEED)
+    return (world.example(index) for index in itertools.count() for world in (few, plain))
 
 
 def conversation(example: Example, rng: random.Random) -> list[Message]:
@@ -103,10 +120,9 @@ def conversation(example: Example, rng: random.Random) -> list[Message]:
     return [system, *turns] if way < 0.85 else turns
 
 
-def conversations(tokenizer: PreTrainedTokenizerFast, *, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def conversations(tokenizer: PreTrainedTokenizerFast, worlds: Iterator[Example], *, batch: int, seed: int) -> Batches:
     """Right-padded ids and labels, without end."""
     rng = random.Random(seed)
-    worlds = (World(seed=seed).example(index) for index in itertools.count())
     while True:
         encoded = [encode_conversation(tokenizer, conversation(next(worlds), rng)) for _ in range(batch)]
         yield (
@@ -124,28 +140,39 @@ def loss_of(model: Qwen3ForCausalLM, ids: Tensor, labels: Tensor) -> tuple[Tenso
     return F.cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean()
 
 
+def run_phase(model: Qwen3ForCausalLM, name: str, batches: Batches, *, rates: Sequence[float]) -> None:
+    """One optimizer step for each learning rate, with a fresh AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    started = time.time()
+    for step, rate in enumerate(rates, start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss, accuracy = loss_of(model, *next(batches))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0 or step == len(rates):
+            seconds = time.time() - started
+            print(f"{name} {step}/{len(rates)}  loss {loss:.4f}  accuracy {accuracy:.3f}  {seconds:.0f} s", flush=True)
+
+
+def rates(peak: float, steps: int, *, decay: float) -> list[float]:
+    """Warm-up over 100 steps, then the peak, then down to zero over the last ``decay`` of the steps (0: not at all)."""
+    return [peak * min((s + 1) / 100, (steps - s) / (decay * steps) if decay else 1.0, 1.0) for s in range(steps)]
+
+
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer), args)
     print(f"{len(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    total = args.induction_steps + args.steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 100, (total - s) / (0.4 * total), 1.0))
-    generator = torch.Generator().manual_seed(args.seed)
-    stream = conversations(tokenizer, batch=args.batch, seed=TRAINING_SEED)
-    started = time.time()
-    for step in range(total):
-        induction = step < args.induction_steps
-        ids, labels = repeated_sequences(len(tokenizer), batch=args.batch, generator=generator) if induction else next(stream)
-        loss, accuracy = loss_of(model, ids, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 99 or step + 1 == total:
-            print(f"step {step + 1:5d}  loss {loss:.4f}  accuracy {accuracy:.3f}  {time.time() - started:.0f} s", flush=True)
+    induction = repeated_sequences(len(tokenizer), batch=args.batch, seed=args.seed)
+    run_phase(model, "induction", induction, rates=rates(args.lr, 600, decay=0))
+    facts = conversations(tokenizer, easy_worlds(), batch=args.batch, seed=TRAINING_SEED)
+    run_phase(model, "facts", facts, rates=rates(args.lr, args.steps, decay=0.45))
+    binding = conversations(tokenizer, hard_worlds(), batch=args.batch, seed=BINDING_SEED)
+    run_phase(model, "binding", binding, rates=rates(args.lr, args.binding_steps, decay=0.5))
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 
@@ -156,8 +183,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--induction-steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--binding-steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())

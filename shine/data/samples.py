@@ -53,6 +53,12 @@ class CutTally:
     conversations_cut: int = 0
     conversation_tokens_dropped: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+    first_skipped: dict[str, str] = field(default_factory=dict)
+
+    def skip(self, reason: str, example: str) -> None:
+        """Count an example that could not be used; the first of each reason is named."""
+        self.skipped[reason] += 1
+        self.first_skipped.setdefault(reason, example)
 
     def add(self, sample: Sample) -> None:
         self.samples += 1
@@ -66,7 +72,9 @@ class CutTally:
             f"{self.samples:,} samples: {self.contexts_cut:,} contexts cut ({self.context_tokens_dropped:,} tokens), "
             f"{self.conversations_cut:,} conversations cut ({self.conversation_tokens_dropped:,} tokens)"
         )
-        return text + "".join(f", {count:,} skipped: {reason}" for reason, count in sorted(self.skipped.items()))
+        return text + "".join(
+            f", {count:,} skipped: {reason} (first {self.first_skipped[reason]})" for reason, count in sorted(self.skipped.items())
+        )
 
 
 class StageSamples(Protocol):
@@ -89,7 +97,7 @@ class AnswerSamples:
         self.items: list[Example] = []
         for example in examples:
             if not example.context.strip() or not example.turns:
-                self.tally.skipped["empty context" if example.turns else "no question"] += 1
+                self.tally.skip("empty context" if example.turns else "no question", example.id)
             elif stage.name == "mqa":
                 self.items.append(example)
             else:
@@ -103,7 +111,7 @@ class AnswerSamples:
         messages = [m for t in example.turns for m in (Message("user", t.question), Message("assistant", t.answer))]
         encoded = encode_conversation(self.tokenizer, messages, max_length=self.stage.conversation_length)
         if not encoded.label_count:
-            self.tally.skipped["no label left after truncation"] += 1
+            self.tally.skip("no label left after truncation, raise stage.conversation_length", example.id)
             return None
         context = token_ids(self.tokenizer, example.context)
         kept = context[: self.stage.context_length]
@@ -148,10 +156,12 @@ class PretrainSamples:
                 f"stage.context_length={stage.context_length} and stage.conversation_length={stage.conversation_length} leave no "
                 f"room for a text: make them at least {MIN_PIECE + 1} and {MIN_PIECE + overhead}"
             )
-        texts = [example.context for example in examples]
-        if blank := sum(not text.strip() for text in texts):
-            self.tally.skipped["empty context"] = blank
-        pieces = [piece for text in texts if text.strip() for piece in split_text(tokenizer, text, budget=budget)]
+        pieces: list[tuple[str, int]] = []
+        for example in examples:
+            if example.context.strip():
+                pieces += split_text(tokenizer, example.context, budget=budget)
+            else:
+                self.tally.skip("empty context", example.id)
         self.texts = [text for text, _ in pieces]
         # A text costs its separator in the context and its turn's marks in the conversation: both must fit.
         costs = [(length + 1, length + overhead) for _, length in pieces]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,16 @@ def read_source(config: SourceConfig) -> Iterator[Example]:
         examples = READERS[config.kind](config, **config.options)
     except TypeError as error:
         raise ValueError(f"data source {config.kind!r} does not take these options: {error}") from None
-    return itertools.islice(examples, config.limit)
+    return itertools.islice(examples, config.skip, None if config.limit is None else config.skip + config.limit)
+
+
+def read_named(sources: Mapping[str, SourceConfig], place: str) -> Iterator[Example]:
+    """The examples of several named sources, one source after the other; an error says which one of ``place`` it was."""
+    for name, source in sources.items():
+        try:
+            yield from read_source(source)
+        except ValueError as error:
+            raise ValueError(f"{place}.{name}: {error}") from None
 
 
 def read_squad(config: SourceConfig) -> Iterator[Example]:
@@ -63,10 +72,9 @@ def _right_option(row: Mapping[str, Any], config: SourceConfig) -> str:
 
 
 def read_text(config: SourceConfig, *, column: str = "text") -> Iterator[Example]:
-    """Plain texts: one example a row of the ``text`` column, without turns; empty rows are left out."""
+    """Plain texts: one example a row of the ``text`` column, without turns; an empty row is an empty context."""
     for index, row in enumerate(_rows(config, (column,))):
-        if text := (row[column] or "").strip():
-            yield Example(id=f"{config.split}-{index}", context=text)
+        yield Example(id=f"{config.split}-{index}", context=(row[column] or "").strip())
 
 
 def read_jsonl(config: SourceConfig) -> Iterator[Example]:
@@ -85,7 +93,12 @@ def read_worlds(
     config: SourceConfig, *, count: int, seed: int, facts: tuple[int, int] = (4, 6), people: tuple[int, int] = (2, 3)
 ) -> Iterator[Example]:
     """Invented worlds, ``count`` contexts drawn from ``seed``."""
-    return World(facts=(facts[0], facts[1]), people=(people[0], people[1]), seed=seed).examples(count)
+    try:
+        return World(facts=(facts[0], facts[1]), people=(people[0], people[1]), seed=int(seed)).examples(int(count))
+    except (TypeError, IndexError):
+        raise ValueError(
+            f"worlds: facts={facts} and people={people} must be pairs of whole numbers, count and seed numbers"
+        ) from None
 
 
 READERS: dict[str, Callable[..., Iterator[Example]]] = {
@@ -120,7 +133,16 @@ def _rows(config: SourceConfig, columns: tuple[str, ...]) -> Iterator[Mapping[st
         raise ValueError(
             f"{path}: no column {', '.join(missing)} (there are {', '.join(first or {})}); is it a {config.kind!r} folder?"
         )
-    return iter(table)
+    return _named_errors(table, path)
+
+
+def _named_errors(table: Iterable[Mapping[str, Any]], path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        yield from table
+    except GeneratorExit:
+        raise
+    except Exception as error:  # a damaged file shows in the middle of reading
+        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}); download it again") from error
 
 
 def _parse_line(line: bytes, place: str) -> Example:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from shine.chat import END, IGNORE, clean_answer, encode_prompt, token_ids
+from shine.chat import END, IGNORE, encode_prompt, token_ids
 from shine.config import EvaluationConfig
 from shine.data.batching import chunks, collate
 from shine.data.examples import Example
@@ -71,14 +71,14 @@ def _recall_group(method: Method, source: str, group: Sequence[Example], task: s
     losses = _losses(method, asked, group)
     outputs = method.answer_ids(asked, max_new_tokens=max(map(len, targets)) + 8)
     for example, target, loss, output in zip(group, targets, losses, outputs, strict=True):
-        text = clean_answer(str(method.tokenizer.decode(output)))
+        text = str(method.tokenizer.decode(output)).strip()
         yield Recall(
             source,
             example.id,
             task,
             method.name,
             len(target),
-            config.lengths[min(bisect_left(config.lengths, len(target)), len(config.lengths) - 1)],
+            _bucket(len(target), config),
             len(target) + 1,
             loss,
             exact_prefix_ratio(output, target),
@@ -86,6 +86,12 @@ def _recall_group(method: Method, source: str, group: Sequence[Example], task: s
             f1(text, [example.context]),
             text,
         )
+
+
+def _bucket(length: int, config: EvaluationConfig) -> int:
+    bounds = sorted({*config.lengths, config.stage.context_length})
+    # Cut at a token, a text may tokenise to a little more than the limit when it is read again.
+    return bounds[min(bisect_left(bounds, length), len(bounds) - 1)]
 
 
 def _visible(example: Example, task: str, seed: int) -> str:

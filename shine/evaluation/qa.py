@@ -42,15 +42,20 @@ class Clock:
 
 
 def usable_examples(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, context_length: int, tally: CutTally
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, context_length: int, questions: bool, tally: CutTally
 ) -> Iterator[Example]:
     """Examples whose context fits ``context_length`` tokens, cut where it must be; what was cut or skipped is counted.
+
+    With ``questions``, examples without any are skipped too.
 
     The cut is of the text itself, so that every method reads the same.
     """
     for example in examples:
         if not example.context.strip():
-            tally.skipped["empty context"] += 1
+            tally.skip("empty context", example.id)
+            continue
+        if questions and not example.turns:
+            tally.skip("no question", example.id)
             continue
         ids = token_ids(tokenizer, example.context)
         tally.samples += 1

@@ -16,7 +16,7 @@ from shine.checkpoint import effective_config, load_hypernetwork
 from shine.config import EvaluationConfig, MethodName, StageName
 from shine.data.examples import Example
 from shine.data.samples import CutTally
-from shine.data.sources import read_source
+from shine.data.sources import read_named
 from shine.evaluation import pretraining, qa
 from shine.evaluation.methods import Method
 from shine.evaluation.tables import answer_table, recall_table, show
@@ -41,10 +41,15 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     with (output / PREDICTIONS_FILE).open("w", encoding="utf-8") as lines:
         for name, source in config.data.test.items():
             tally = CutTally()
-            found = qa.usable_examples(
-                read_source(source), methods[0].tokenizer, context_length=config.stage.context_length, tally=tally
+            examples = list(
+                qa.usable_examples(
+                    read_named({name: source}, "data.test"),
+                    methods[0].tokenizer,
+                    context_length=config.stage.context_length,
+                    questions=stage != "pretrain",
+                    tally=tally,
+                )
             )
-            examples = [example for example in found if stage == "pretrain" or example.turns]
             if not examples:
                 wanted = "texts" if stage == "pretrain" else "questions"
                 raise ValueError(f"data.test.{name}: nothing to ask ({tally}); give a source that holds {wanted}")
@@ -70,7 +75,7 @@ def _method(name: MethodName, config: EvaluationConfig, backbone: Backbone, toke
     if name != "shine":
         return Method(name, backbone, tokenizer, config.prompts, assistant_prefix=config.backbone.baseline_prefix)
     assert config.checkpoint is not None
-    hypernetwork = load_hypernetwork(config.checkpoint, backbone, config=config.hypernetwork)
+    hypernetwork = load_hypernetwork(config.checkpoint, backbone, config=config.hypernetwork, trained_on=config.backbone)
     return Method(name, backbone, tokenizer, config.prompts, hypernetwork=hypernetwork.eval())
 
 

@@ -38,15 +38,23 @@ class Ranks:
 
 
 @contextmanager
-def join_ranks() -> Iterator[Ranks]:
-    """Join the process group that ``torchrun`` describes in the environment, if it does, and leave it at the end."""
+def join_ranks(device: str) -> Iterator[Ranks]:
+    """Join the process group that ``torchrun`` describes in the environment, if it does, and leave it at the end.
+
+    Args:
+        device: where the run computes (``auto``, ``cpu``, ``cuda``); it decides how ranks talk.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks()
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    cuda = torch.cuda.is_available() and device != "cpu"
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise ValueError(f"{local_rank + 1} ranks on this machine and {torch.cuda.device_count()} GPUs: start fewer ranks")
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield Ranks(dist.get_rank(), size)
     finally:

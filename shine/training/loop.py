@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,19 +17,19 @@ from shine.backbone import Backbone
 from shine.checkpoint import (
     CheckpointInfo,
     effective_config,
+    find_checkpoint,
     load_hypernetwork,
     read_info,
     save_hypernetwork,
     written_beside,
 )
-from shine.config import SourceConfig, TrainConfig
+from shine.config import TrainConfig
 from shine.data.batching import SampleStream
-from shine.data.examples import Example
 from shine.data.samples import build_samples
-from shine.data.sources import read_source
+from shine.data.sources import read_named
 from shine.hypernetwork import Hypernetwork
 from shine.training.distributed import Ranks, join_ranks
-from shine.training.monitor import Monitor
+from shine.training.monitor import METRICS_FILE, Monitor
 from shine.training.optimizer import build_optimizer, learning_rate
 from shine.training.state import Position, find_resume, prune, restore_state, save_state
 from shine.training.step import training_step
@@ -47,10 +46,11 @@ def train(config: TrainConfig) -> Path:
     Raises:
         ValueError: whatever does not fit together, with the remedy: a missing checkpoint or source, ranks, sizes.
     """
-    with join_ranks() as ranks:
-        shape = effective_config(config.checkpoint, config.hypernetwork)
+    with join_ranks(config.backbone.device) as ranks:
+        start = starting_point(config)
+        shape = effective_config(start, config.hypernetwork)
         if ranks.first and shape != config.hypernetwork:
-            print(f"the hypernetwork is that of {config.checkpoint}, not the one configured: {shape}", flush=True)
+            print(f"the hypernetwork is that of {start}, not the one configured: {shape}", flush=True)
         backbone, tokenizer = load_backbone(config.backbone, targets=shape.targets)
         return _Run(config, backbone, tokenizer, ranks).go()
 
@@ -70,13 +70,13 @@ class _Run:
         self.info = CheckpointInfo(config.backbone, self.hypernetwork.config, (*before, stage.name))
         self.optimizer = build_optimizer(self.hypernetwork, stage)
         samples = build_samples(
-            read_all(config.data.train.values()), tokenizer, stage, task_tokens=config.backbone.task_tokens, seed=config.seed
+            read_named(config.data.train, "data.train"), tokenizer, stage, task_tokens=config.backbone.task_tokens, seed=config.seed
         )
         self.stream = SampleStream(samples, stage.batch_size, config.seed)
         self.total = stage.steps if stage.steps is not None else max(math.ceil(stage.epochs * len(samples) / stage.batch_size), 1)
-        self.validation = Validation(config, backbone, tokenizer, read_all(config.data.validation.values()))
+        self.validation = Validation(config, backbone, tokenizer, read_named(config.data.validation, "data.validation"))
         self.step = 0
-        if config.resume:
+        if config.resume is not None:
             self._restore(find_resume(config.resume, self.output))
 
     def go(self) -> Path:
@@ -88,15 +88,27 @@ class _Run:
             model: nn.Module = self.hypernetwork
             if self.ranks.size > 1:
                 model = DistributedDataParallel(self.hypernetwork)
-            while self.step < self.total:
-                self._train_step(model, monitor)
-                self.step += 1
-                if _due(self.step, self.stage.evaluate_every, last=self.total) and self.validation:
-                    monitor.record(self.validation.measure(self.hypernetwork))
-                if _due(self.step, self.stage.save_every) and self.step < self.total:
-                    self._save(monitor)
-            monitor.say(f"{self.stage.name}: {self.stream.samples.tally}")
+            for line in self._notes():
+                monitor.say(line)
+            try:
+                while self.step < self.total:
+                    self._train_step(model, monitor)
+                    self.step += 1
+                    if _due(self.step, self.stage.evaluate_every, last=self.total) and self.validation:
+                        monitor.record(self.validation.measure(self.hypernetwork))
+                    if _due(self.step, self.stage.save_every) and self.step < self.total:
+                        self._save(monitor)
+            finally:
+                monitor.say(f"{self.stage.name}, samples drawn: {self.stream.samples.tally}")
         return self._finish()
+
+    def _notes(self) -> Iterator[str]:
+        for name, tally in self.validation.tallies.items():
+            yield f"validation {name}: {tally}"
+        if self.stage.evaluate_every and not self.validation:
+            yield "stage.evaluate_every is set and data.validation holds no usable sample: nothing is evaluated while training"
+        if self.stage.warmup_steps >= self.total:
+            yield f"stage.warmup_steps={self.stage.warmup_steps}, steps={self.total}: the learning rate never reaches its peak"
 
     def _train_step(self, model: nn.Module, monitor: Monitor) -> None:
         rate = learning_rate(self.step, stage=self.stage, total_steps=self.total)
@@ -122,14 +134,25 @@ class _Run:
         if self.ranks.first:
             directory = self.output / f"step-{self.step:06d}"
             position = Position(self.step, self.stream.epoch, self.stream.offset)
-            save_state(directory, self.hypernetwork, self.info, optimizer=self.optimizer, position=position)
+            save_state(directory, self.hypernetwork, self.info, optimizer=self.optimizer, position=position, terms=self._terms())
             prune(self.output, keep=self.stage.keep)
             monitor.say(f"saved {directory}")
         self.ranks.wait()
 
     def _restore(self, directory: Path) -> None:
-        position = restore_state(directory, self.hypernetwork, self.backbone, optimizer=self.optimizer)
+        position = restore_state(directory, optimizer=self.optimizer, terms=self._terms())
         self.step, self.stream.epoch, self.stream.offset = position.step, position.epoch, position.offset
+
+    def _terms(self) -> dict[str, str | int]:
+        """What must be the same when this run is resumed, or it would be another run."""
+        samples = len(self.stream.samples)
+        return {
+            "stage": self.stage.name,
+            "seed": self.config.seed,
+            "batch_size": self.stage.batch_size,
+            "steps": self.total,
+            "samples": samples,
+        }
 
     def _finish(self) -> Path:
         directory = self.output / FINAL
@@ -140,18 +163,37 @@ class _Run:
         return directory
 
 
+def starting_point(config: TrainConfig) -> Path | None:
+    """The directory whose weights a run starts from: where it resumes, else the checkpoint it names, else none.
+
+    Raises:
+        ValueError: a QA stage with neither, or a fresh run into a folder that holds another.
+    """
+    output = Path(config.output).expanduser()
+    if config.resume is not None:
+        return find_resume(config.resume, output)
+    if any((output / name).exists() for name in (FINAL, METRICS_FILE)):
+        raise ValueError(f"output={output} holds another run: choose another folder, go on with resume=latest, or delete it")
+    if config.checkpoint is not None:
+        return find_checkpoint(config.checkpoint)
+    if config.stage.name != "pretrain" and not config.from_scratch:
+        raise ValueError(
+            f"checkpoint: missing; stage {config.stage.name} starts from the stage before it, set checkpoint=<its output folder> "
+            "(or from_scratch=true to start from random weights)"
+        )
+    return None
+
+
 def start_hypernetwork(config: TrainConfig, backbone: Backbone) -> tuple[Hypernetwork, tuple[str, ...]]:
-    """The hypernetwork a run starts from and the stages behind it: the checkpoint it names, or a random one if it names none."""
+    """The hypernetwork a run starts from and the stages behind it; at random only where `starting_point` is none."""
     torch.manual_seed(config.seed)
-    if config.checkpoint is None:
+    start = starting_point(config)
+    if start is None:
         return Hypernetwork(config.hypernetwork, backbone).to(backbone.device), ()
-    info = read_info(config.checkpoint)
-    return load_hypernetwork(config.checkpoint, backbone, config=config.hypernetwork), info.stages if info else ("released",)
-
-
-def read_all(sources: Iterable[SourceConfig]) -> Iterable[Example]:
-    """The examples of several sources, one source after the other."""
-    return itertools.chain.from_iterable(read_source(source) for source in sources)
+    info = read_info(start)
+    hypernetwork = load_hypernetwork(start, backbone, config=config.hypernetwork, trained_on=config.backbone)
+    stages = info.stages if info is not None else ("released",)
+    return hypernetwork, stages[:-1] if config.resume is not None else stages
 
 
 def describe(hypernetwork: Hypernetwork, backbone: Backbone, *, samples: int, steps: int) -> str:

@@ -36,7 +36,7 @@ class Monitor:
             return
         output.mkdir(parents=True, exist_ok=True)
         self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=start)
-        self.lines = (output / METRICS_FILE).open("a", encoding="utf-8")
+        self.lines = _continued(output / METRICS_FILE, start).open("a", encoding="utf-8")
         self.bar = tqdm(total=total, initial=start, desc=title, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def __enter__(self) -> Monitor:
@@ -65,13 +65,14 @@ class Monitor:
         """Write scalars under the current step, and say them in one line where there is no bar."""
         if self.quiet:
             return
+        scalars = {**scalars, "tokens_per_second": self.tokens_per_second}
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, self.done)
         self.lines.write(json.dumps({"step": self.done, **scalars}) + "\n")
         self.lines.flush()
         left = (time.perf_counter() - self.started) / max(self.done - self.start, 1) * (self.total - self.done)
         text = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
-        line = f"{self.title} {self.done}/{self.total}  {text}  {self.tokens_per_second:,.0f} tokens/s  {left:.0f} s left"
+        line = f"{self.title} {self.done}/{self.total}  {text}  {left:.0f} s left"
         if self.bar.disable:
             print(line, flush=True)
         elif any("/" in name and name.startswith("validation") for name in scalars):
@@ -81,3 +82,11 @@ class Monitor:
         """A line for the reader, above the bar."""
         if not self.quiet:
             self.bar.write(text)
+
+
+def _continued(file: Path, start: int) -> Path:
+    """The file without the lines of steps that a resumed run is about to do again."""
+    if start and file.exists():
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        file.write_text("".join(line for line in lines if json.loads(line)["step"] <= start), encoding="utf-8")
+    return file

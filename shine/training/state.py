@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from shine.backbone import Backbone
-from shine.checkpoint import CONFIG_FILE, CheckpointInfo, load_hypernetwork, save_hypernetwork, written_beside
+from shine.checkpoint import CONFIG_FILE, CheckpointInfo, save_hypernetwork, written_beside
 from shine.hypernetwork import Hypernetwork
 
 STATE_FILE = "training_state.pt"
@@ -26,11 +25,22 @@ class Position:
 
 
 def save_state(
-    directory: Path, hypernetwork: Hypernetwork, info: CheckpointInfo, *, optimizer: torch.optim.Optimizer, position: Position
+    directory: Path,
+    hypernetwork: Hypernetwork,
+    info: CheckpointInfo,
+    *,
+    optimizer: torch.optim.Optimizer,
+    position: Position,
+    terms: Mapping[str, str | int],
 ) -> None:
-    """Write a step directory: beside first, then renamed into place, with ``config.json`` last."""
+    """Write a step directory: beside first, then renamed into place, with ``config.json`` last.
+
+    Args:
+        terms: what a run that resumes here must have in common with this one.
+    """
     with written_beside(directory) as folder:
-        torch.save({"optimizer": optimizer.state_dict(), "position": asdict(position)}, folder / STATE_FILE)
+        state = {"optimizer": optimizer.state_dict(), "position": asdict(position), "terms": dict(terms)}
+        torch.save(state, folder / STATE_FILE)
         save_hypernetwork(folder, hypernetwork, info)
 
 
@@ -57,18 +67,26 @@ def find_resume(resume: str, output: Path) -> Path:
     return path
 
 
-def restore_state(directory: Path, hypernetwork: Hypernetwork, backbone: Backbone, *, optimizer: torch.optim.Optimizer) -> Position:
-    """Put a step directory's weights and optimizer state in place and return where it stood.
+def restore_state(directory: Path, *, optimizer: torch.optim.Optimizer, terms: Mapping[str, str | int]) -> Position:
+    """Put a step directory's optimizer state in place and return where it stood.
 
     Raises:
-        ValueError: the state file is damaged.
+        ValueError: the state file is damaged, or was written by a run on other terms; the message names each.
     """
-    hypernetwork.load_state_dict(load_hypernetwork(directory, backbone).state_dict())
     file = directory / STATE_FILE
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file}: damaged ({error}); resume from an earlier step directory") from None
+    except Exception as error:  # damaged files make the unpickler raise nearly anything
+        raise ValueError(f"{file}: damaged ({type(error).__name__}); resume from an earlier step directory") from None
+    odd = [
+        f"{name} is {value!r} now and was {state['terms'].get(name)!r}"
+        for name, value in terms.items()
+        if state["terms"].get(name) != value
+    ]
+    if odd:
+        raise ValueError(
+            f"resume: {directory} belongs to another run ({'; '.join(odd)}); set them as they were, or start a new run"
+        )
     optimizer.load_state_dict(state["optimizer"])
     return Position(**state["position"])
 

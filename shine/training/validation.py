@@ -43,6 +43,7 @@ class Validation:
                 )
         elif self.examples:
             sets["answers"] = AnswerSamples(self.examples, tokenizer, stage)
+        self.tallies = {name: found.tally for name, found in sets.items()}
         self.sets = {
             name: [sample for i in range(min(len(found), wanted)) if (sample := found.sample(i, epoch=0))]
             for name, found in sets.items()
