@@ -30,7 +30,7 @@ demo: $(READY) ## train the CPU world briefly, score the shipped checkpoint, wri
 test: $(READY) ## run the test suite without what is slow, and list what was left out (under 10 minutes)
 	@$(RUN) -m pytest -m "not slow"
 	@echo "Left out as slow (make test-all runs them):"
-	@$(RUN) -m pytest -m slow --collect-only -q | grep :: || echo "nothing"
+	@$(RUN) -m pytest -m slow --collect-only -q | grep :: || echo "none"
 
 test-all: $(READY) ## run every test
 	@$(RUN) -m pytest

@@ -1,10 +1,9 @@
 """Make the CPU world's own backbone: a tokenizer and a small Qwen3 that can read invented facts in its prompt.
 
-Three phases. Random sequences, each said three times, with the loss on the repetitions, grow induction heads; without them the
+Two phases. Random sequences, each said three times, with the loss on the repetitions, grow induction heads; without them the
 model sits for thousands of steps on "copy any value of the context". Then conversations about invented worlds: questions with
 the context, questions without it (which teaches what kind of answer a question wants, and nothing about the answer), and
-repetitions of the context. Last the same with few kinds of fact in each context, so that only who is asked about tells the
-answers apart; without this phase the model answers with any value of the right kind.
+repetitions of the context.
 
     python examples/cpu_world/pretrain_backbone.py --output shine/assets/cpu-world/backbone
 """
@@ -32,7 +31,7 @@ from shine.data.examples import Example
 from shine.data.worlds import World
 
 PROMPTS = parse(PromptConfig, yaml.safe_load((Path(__file__).parents[2] / "configs/prompts/default.yaml").read_text()))
-TRAINING_SEED, TOKENIZER_SEED, BINDING_SEED = 1, 2, 3
+TRAINING_SEED, TOKENIZER_SEED = 1, 2
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
@@ -43,8 +42,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    worlds = World(seed=TOKENIZER_SEED, facts=(8, 8), people=(4, 4)).examples(4000)
-    words = sorted({word for example in worlds for text in texts(example) for word in text.split()})
+    many = World(seed=TOKENIZER_SEED, facts=(8, 8), people=(4, 4)).examples(4000)
+    words = sorted({word for example in many for text in texts(example) for word in text.split()})
     # Each word as it stands in a sentence and as it opens an answer.
     corpus = [form for word in words for form in (f" {word}", word)] + [PROMPTS.system, PROMPTS.repeat, PROMPTS.complete]
     corpus += ["user\n", "assistant\n", "system\n"]
@@ -93,16 +92,9 @@ def repeated_sequences(vocabulary: int, *, batch: int, seed: int) -> Batches:
         yield ids, labels
 
 
-def easy_worlds() -> Iterator[Example]:
-    """Worlds as the hypernetwork will meet them."""
+def worlds() -> Iterator[Example]:
+    """Worlds without end, as the hypernetwork will meet them."""
     return (World(seed=TRAINING_SEED).example(index) for index in itertools.count())
-
-
-def hard_worlds() -> Iterator[Example]:
-    """In turn a world of few kinds, where people share them, and one as in `easy_worlds`."""
-    few = World(seed=BINDING_SEED, people=(3, 4), kinds=(2, 3), facts=(4, 6))
-    plain = World(seed=BINDING_SEED)
-    return (world.example(index) for index in itertools.count() for world in (few, plain))
 
 
 def conversation(example: Example, rng: random.Random) -> list[Message]:
@@ -120,11 +112,11 @@ def conversation(example: Example, rng: random.Random) -> list[Message]:
     return [system, *turns] if way < 0.85 else turns
 
 
-def conversations(tokenizer: PreTrainedTokenizerFast, worlds: Iterator[Example], *, batch: int, seed: int) -> Batches:
+def conversations(tokenizer: PreTrainedTokenizerFast, examples: Iterator[Example], *, batch: int, seed: int) -> Batches:
     """Right-padded ids and labels, without end."""
     rng = random.Random(seed)
     while True:
-        encoded = [encode_conversation(tokenizer, conversation(next(worlds), rng)) for _ in range(batch)]
+        encoded = [encode_conversation(tokenizer, conversation(next(examples), rng)) for _ in range(batch)]
         yield (
             pad_sequence([torch.tensor(e.input_ids) for e in encoded], batch_first=True, padding_value=0),
             pad_sequence([torch.tensor(e.labels) for e in encoded], batch_first=True, padding_value=IGNORE),
@@ -169,10 +161,8 @@ def train(args: argparse.Namespace) -> None:
     print(f"{len(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     induction = repeated_sequences(len(tokenizer), batch=args.batch, seed=args.seed)
     run_phase(model, "induction", induction, rates=rates(args.lr, 600, decay=0))
-    facts = conversations(tokenizer, easy_worlds(), batch=args.batch, seed=TRAINING_SEED)
+    facts = conversations(tokenizer, worlds(), batch=args.batch, seed=TRAINING_SEED)
     run_phase(model, "facts", facts, rates=rates(args.lr, args.steps, decay=0.45))
-    binding = conversations(tokenizer, hard_worlds(), batch=args.batch, seed=BINDING_SEED)
-    run_phase(model, "binding", binding, rates=rates(args.lr, args.binding_steps, decay=0.5))
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 
@@ -184,7 +174,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--binding-steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     train(parser.parse_args())

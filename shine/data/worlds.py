@@ -119,23 +119,19 @@ class World:
     Attributes:
         facts: least and most facts in a context.
         people: least and most people in a context; every person has at least one fact.
-        kinds: least and most kinds of fact in a context; few kinds make people share them, so that a question can only be
-            answered by who it asks about.
         seed: two worlds with different seeds share no sequence of draws.
     """
 
     facts: tuple[int, int] = (4, 6)
     people: tuple[int, int] = (2, 3)
-    kinds: tuple[int, int] = (len(RELATIONS), len(RELATIONS))
     seed: int = 0
 
     def __post_init__(self) -> None:
-        room = self.people[0] * self.kinds[0]
-        limits = {"people": len(NAMES), "kinds": len(RELATIONS), "facts": room}
-        for name, limit in limits.items():
+        room = self.people[0] * len(RELATIONS)
+        for name, limit in {"people": len(NAMES), "facts": room}.items():
             least, most = getattr(self, name)
             if not 1 <= least <= most <= limit:
-                why = f" ({self.people[0]} people have at most {room} facts of {self.kinds[0]} kinds)" if name == "facts" else ""
+                why = f" ({self.people[0]} people have at most {room} facts)" if name == "facts" else ""
                 raise ValueError(f"worlds: {name}={[least, most]} must be the least and the most, from 1 to {limit}{why}")
 
     def examples(self, count: int) -> Iterator[Example]:
@@ -148,10 +144,9 @@ class World:
         rng = random.Random(f"world {self.seed} {index}")
         people = rng.sample(NAMES, rng.randint(*self.people))
         count = max(rng.randint(*self.facts), len(people))
-        kinds = RELATIONS if self.kinds[0] == len(RELATIONS) else rng.sample(RELATIONS, rng.randint(*self.kinds))
-        pairs = [(person, relation) for person in people for relation in kinds]
+        pairs = [(person, relation) for person in people for relation in RELATIONS]
         # One fact for each person first, so that nobody is a mere name.
-        chosen = [(person, rng.choice(kinds)) for person in people]
+        chosen = [(person, rng.choice(RELATIONS)) for person in people]
         chosen += rng.sample([pair for pair in pairs if pair not in chosen], count - len(people))
         facts = [(person, relation, rng.choice(relation.values)) for person, relation in chosen]
         rng.shuffle(facts)
