@@ -28,8 +28,8 @@ from shine.zoo import ASSETS
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "outputs" / "demo"
 SHIPPED = ASSETS / "cpu-world" / "hypernetwork"
-SHORT = {"pretrain": 60, "mqa": 160, "1qa": 40}
-DOORS = {"test_pretrain": 40, "test_pwc": 60, "test": 60}
+SHORT = {"pretrain": 100, "mqa": 400, "1qa": 100}
+DOORS = {"test_pretrain": 100, "test_pwc": 200, "test": 200}
 """Contexts that each test looks at."""
 
 
@@ -46,7 +46,7 @@ def train_short() -> dict[str, Path]:
     for stage, steps in SHORT.items():
         runs[stage] = OUTPUT / "train" / stage
         short = [f"stage.steps={steps}", "stage.warmup_steps=10", "stage.log_every=5", f"stage.evaluate_every={steps}"]
-        place = [f"output={runs[stage]}", f"checkpoint={checkpoint}", "data.train.worlds.options.count=12000"]
+        place = [f"output={runs[stage]}", f"checkpoint={checkpoint}", "data.train.worlds.options.count=30000"]
         config = values("train", f"stage={stage}", *short, *place)
         checkpoint = str(train(parse(TrainConfig, config)))
     return runs

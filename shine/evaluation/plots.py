@@ -28,16 +28,11 @@ def read_metrics(run: Path, name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def draw_losses(axes: Axes, runs: Mapping[str, Path]) -> None:
-    """The training loss of one stage after the other, each on its own stretch of the axis."""
-    start = 0
-    for (stage, run), color in zip(runs.items(), STAGE_COLORS, strict=False):
-        steps, losses = read_metrics(run, "loss")
-        axes.plot([start + step for step in steps], losses, color=color, linewidth=2, label=stage)
-        start += steps[-1]
-        axes.axvline(start, color="#dddddd", linewidth=1, zorder=0)
-    axes.set(xlabel="optimizer step", ylabel="loss a label token (nats)", title="Training, stage after stage", ylim=(0, None))
-    axes.legend(frameon=False)
+def draw_loss(axes: Axes, stage: str, run: Path, *, color: str) -> None:
+    """The training loss of one stage, on its own scale: stages differ too much to share one."""
+    steps, losses = read_metrics(run, "loss")
+    axes.plot(steps, losses, color=color, linewidth=2)
+    axes.set(xlabel="optimizer step", title=stage)
 
 
 def draw_scores(axes: Axes, methods: Mapping[str, Mapping[str, float]], *, title: str) -> None:
@@ -54,13 +49,18 @@ def draw_scores(axes: Axes, methods: Mapping[str, Mapping[str, float]], *, title
 
 
 def draw_report(path: Path, *, runs: Mapping[str, Path], scores: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """One picture: the losses, then a panel of bars for each (title, methods)."""
-    figure, panels = plt.subplots(1, 1 + len(scores), figsize=(5.2 * (1 + len(scores)), 4), constrained_layout=True)
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-    draw_losses(panels[0], runs)
-    for axes, (title, methods) in zip(panels[1:], scores, strict=True):
+    """One picture: the loss of every stage above, below a panel of bars for each (title, methods)."""
+    figure = plt.figure(figsize=(10, 7.2), constrained_layout=True)
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.3))
+    losses = above.subplots(1, len(runs), squeeze=False)[0]
+    for axes, (stage, run), color in zip(losses, runs.items(), STAGE_COLORS, strict=False):
+        draw_loss(axes, stage, run, color=color)
+    losses[0].set_ylabel("loss a label token (nats)")
+    bars = below.subplots(1, len(scores), squeeze=False)[0]
+    for axes, (title, methods) in zip(bars, scores, strict=True):
         draw_scores(axes, methods, title=title)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
