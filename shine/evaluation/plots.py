@@ -51,7 +51,7 @@ def draw_scores(axes: Axes, methods: Mapping[str, Mapping[str, float]], *, title
 def draw_report(path: Path, *, runs: Mapping[str, Path], scores: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """One picture: the loss of every stage above, below a panel of bars for each (title, methods)."""
     figure = plt.figure(figsize=(10, 7.2), constrained_layout=True)
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.3))
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.3))[:, 0]
     losses = above.subplots(1, len(runs), squeeze=False)[0]
     for axes, (stage, run), color in zip(losses, runs.items(), STAGE_COLORS, strict=False):
         draw_loss(axes, stage, run, color=color)
