@@ -237,7 +237,7 @@ def _check_shapes(hypernetwork: Hypernetwork, tensors: Mapping[str, Tensor], dir
         more = f"\n  and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise ValueError(
             f"{directory} does not fit this backbone with rank={config.rank}, meta_rank={config.meta_rank}, "
-            f"m2p.layers={config.m2p.layers}:\n  " + "\n  ".join(problems[:6]) + more + "\n{remedy}"
+            f"m2p.layers={config.m2p.layers}:\n  " + "\n  ".join(problems[:6]) + more + f"\n{remedy}"
         )
 
 

@@ -364,8 +364,9 @@ def test_a_checkpoint_of_other_ranks_is_refused(
     values = json.loads((final / "config.json").read_text())
     values["hypernetwork"]["rank"] = 3
     (final / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"memory_tokens: has shape \[32, 32\], expected"):
+    with pytest.raises(ValueError, match=r"memory_tokens: has shape \[32, 32\], expected") as error:
         load_hypernetwork(final, make_backbone())
+    assert f"it was trained on backbone {tiny_backbone_folder}: set backbone=" in str(error.value)
 
 
 def test_the_written_configuration_parses_again(tiny_backbone_folder: str, tmp_path: Path) -> None:

@@ -48,15 +48,19 @@ def train(config: TrainConfig) -> Path:
     """
     with join_ranks(config.backbone.device) as ranks:
         start = starting_point(config)
+        # Every rank has looked at the output folder before the first one writes into it.
+        ranks.wait()
         shape = effective_config(start, config.hypernetwork)
         if ranks.first and shape != config.hypernetwork:
             print(f"the hypernetwork is that of {start}, not the one configured: {shape}", flush=True)
         backbone, tokenizer = load_backbone(config.backbone, targets=shape.targets)
-        return _Run(config, backbone, tokenizer, ranks).go()
+        return _Run(config, backbone, tokenizer, ranks, start=start).go()
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> None:
+    def __init__(
+        self, config: TrainConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, *, start: Path | None
+    ) -> None:
         stage = config.stage
         if stage.batch_size % (ranks.size * stage.micro_batch_size):
             raise ValueError(
@@ -66,7 +70,7 @@ class _Run:
         self.config, self.stage, self.ranks = config, stage, ranks
         self.backbone, self.tokenizer = backbone, tokenizer
         self.output = Path(config.output).expanduser()
-        self.hypernetwork, before = start_hypernetwork(config, backbone)
+        self.hypernetwork, before = start_hypernetwork(config, backbone, start=start)
         self.info = CheckpointInfo(config.backbone, self.hypernetwork.config, (*before, stage.name))
         self.optimizer = build_optimizer(self.hypernetwork, stage)
         samples = build_samples(
@@ -77,7 +81,8 @@ class _Run:
         self.validation = Validation(config, backbone, tokenizer, read_named(config.data.validation, "data.validation"))
         self.step = 0
         if config.resume is not None:
-            self._restore(find_resume(config.resume, self.output))
+            assert start is not None
+            self._restore(start)
 
     def go(self) -> Path:
         title = f"{self.stage.name} {Path(self.config.backbone.path).name}"
@@ -184,10 +189,9 @@ def starting_point(config: TrainConfig) -> Path | None:
     return None
 
 
-def start_hypernetwork(config: TrainConfig, backbone: Backbone) -> tuple[Hypernetwork, tuple[str, ...]]:
-    """The hypernetwork a run starts from and the stages behind it; at random only where `starting_point` is none."""
+def start_hypernetwork(config: TrainConfig, backbone: Backbone, *, start: Path | None) -> tuple[Hypernetwork, tuple[str, ...]]:
+    """The hypernetwork in ``start`` (see `starting_point`) and the stages behind it; a random one only where that is none."""
     torch.manual_seed(config.seed)
-    start = starting_point(config)
     if start is None:
         return Hypernetwork(config.hypernetwork, backbone).to(backbone.device), ()
     info = read_info(start)
