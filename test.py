@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from shine.cli.doors import run_door
+from shine.cli.doors import plain_refusals, run_door
 from shine.config import EvaluationConfig
 from shine.evaluation.run import evaluate
 
@@ -15,4 +15,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_refusals(EvaluationConfig):
+        main()

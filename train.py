@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from shine.cli.doors import run_door
+from shine.cli.doors import plain_refusals, run_door
 from shine.config import TrainConfig
 from shine.training.loop import train
 
@@ -15,4 +15,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with plain_refusals(TrainConfig):
+        main()

@@ -260,6 +260,16 @@ def parse(kind: type[T], values: Mapping[str, Any]) -> T:
         raise ValueError("the configuration does not hold:\n  " + "\n  ".join(lines)) from None
 
 
+def unknown_key(kind: type, path: str) -> str:
+    """What to say of a dotted ``path`` whose last part ``kind`` does not know, with the remedy."""
+    parts = path.split(".")
+    known = _keys_beside(kind, tuple(parts))
+    if not known:
+        return f"{path}: there is no such entry; a new one is added with +{path}=..."
+    near = difflib.get_close_matches(parts[-1], known, n=1)
+    return f"{path}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
+
+
 def _without_open(values: Any) -> Any:
     """Without the values that a YAML file left open for the command line to set (``???``), so that they count as missing."""
     if not isinstance(values, Mapping):
@@ -270,9 +280,7 @@ def _without_open(values: Any) -> Any:
 def _explain(kind: type, problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _keys_beside(kind, problem["loc"])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        return f"{key}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
+        return unknown_key(kind, key)
     if problem["type"] in ("missing", "missing_argument"):
         return f"{key}: missing; set {key}=..."
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")

@@ -43,6 +43,17 @@ def test_train_then_test_through_the_doors(tiny_backbone_folder: str, tmp_path: 
     ("door", "overrides", "message"),
     [
         ("train.py", ["+stage.lerning_rate=1"], "stage.lerning_rate: unknown key; did you mean learning_rate?"),
+        ("train.py", ["stage.lerning_rate=1"], "error: stage.lerning_rate: unknown key; did you mean learning_rate?"),
+        ("train.py", ["stag.steps=1"], "error: stag: unknown key; did you mean stage?"),
+        (
+            "train.py",
+            ["data.train.mine.path=x"],
+            "data.train.mine: there is no such entry; a new one is added with +data.train.mine=",
+        ),
+        ("train.py", ["+data.train.mine.kin=x"], "data.train.mine.kin: unknown key; did you mean kind?"),
+        ("train.py", ["stage=mq"], "Available options in 'stage':\n\t1qa\n\tmqa"),
+        ("train.py", ["stage.steps=[1"], "error: stage.steps=[1: "),
+        ("train.py", ["~stage.foo"], "'stage.foo' does not exist"),
         ("train.py", ["hypernetwork.layout=xy"], "hypernetwork.layout: should be 'rl', 'lr', 'rr' or 'll'"),
         ("train.py", ["backbone.path=models/Qwen3-8B"], "models/Qwen3-8B"),
         ("train.py", ["checkpoint=checkpoints/none"], "checkpoints/none: no such checkpoint directory"),
