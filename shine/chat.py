@@ -41,11 +41,6 @@ class EncodedConversation:
         return sum(label != IGNORE for label in self.labels)
 
 
-def render(message: Message) -> str:
-    """A message as ChatML."""
-    return f"{START}{message.role}\n{message.content}{END}\n"
-
-
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, task_tokens: TaskTokens, *, embedding_rows: int) -> None:
     """Make sure the task tokens and ChatML marks are single tokens; new ones go to spare rows of the embedding.
 

@@ -72,10 +72,6 @@ class LoRA(Mapping[str, tuple[Tensor, Tensor]]):
         index = torch.as_tensor(samples, dtype=torch.long, device=next(iter(self.values()))[0].device)
         return LoRA({path: (a.index_select(0, index), b.index_select(0, index)) for path, (a, b) in self.items()})
 
-    def detach(self) -> LoRA:
-        """The same values, cut off from the graph that made them."""
-        return LoRA({path: (a.detach(), b.detach()) for path, (a, b) in self.items()})
-
     @staticmethod
     def concat(loras: Sequence[LoRA]) -> LoRA:
         """One LoRA whose update is the exact sum of the updates: ranks are laid side by side.

@@ -16,7 +16,6 @@ from shine.chat import (
     encode_conversation,
     encode_prompt,
     prepare_tokenizer,
-    render,
     separator_id,
     stop_ids,
     token_ids,
@@ -58,8 +57,8 @@ def ids_and_labels(tokenizer: PreTrainedTokenizerBase, pieces: list[tuple[str, b
         (Message("system", ""), "<|im_start|>system\n<|im_end|>\n"),
     ],
 )
-def test_a_message_is_rendered_as_plain_chatml(message: Message, text: str) -> None:
-    assert render(message) == text
+def test_a_message_is_written_as_plain_chatml(tokenizer: PreTrainedTokenizerBase, message: Message, text: str) -> None:
+    assert tokenizer.decode(encode_conversation(tokenizer, [message]).input_ids) == text
 
 
 def test_the_conversation_is_chatml_without_system_turn_or_think_block(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -23,8 +23,8 @@ from shine.config import SourceConfig, StageConfig, TaskTokens
 from shine.data.batching import SampleStream, collate, pad_left
 from shine.data.examples import Example, Turn
 from shine.data.grouping import first_fit
-from shine.data.samples import AnswerSamples, CutTally, PretrainSamples, Sample, build_samples, hide_end, split_text
-from shine.data.sources import READERS, read_source
+from shine.data.samples import AnswerSamples, CutTally, PretrainSamples, Sample, answerable, build_samples, hide_end, split_text
+from shine.data.sources import READERS, look_into, read_source
 from shine.data.worlds import NAMES, RELATIONS, World, guess_rate
 
 TOKENIZER = tiny_tokenizer()
@@ -104,6 +104,16 @@ def test_each_fact_is_stated_once_and_asked_once(facts: tuple[int, int], people:
 def test_a_world_that_cannot_be_drawn_is_refused_before_the_first_context(facts: tuple[int, int], people: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"facts|people"):
         World(facts=facts, people=people)
+
+
+def test_a_world_of_few_kinds_lets_people_share_them() -> None:
+    for example in World(facts=(3, 3), people=(3, 4), kinds=(1, 2), seed=3).examples(60):
+        assert len({turn.kind for turn in example.turns}) <= 2
+        assert 3 <= len(example.turns) <= 4
+    with pytest.raises(ValueError, match=r"facts=\[2, 5\].*2 people have at most 4 facts of 2 kinds"):
+        World(facts=(2, 5), people=(2, 3), kinds=(2, 2))
+    with pytest.raises(ValueError, match=r"kinds=\[0, 1\]"):
+        World(kinds=(0, 1))
 
 
 def test_no_answer_can_be_read_from_its_question_or_an_earlier_turn() -> None:
@@ -343,6 +353,13 @@ def test_no_sample_exceeds_a_budget_and_no_word_is_lost(texts: list[str], contex
         assert (sample.context_dropped, sample.conversation_dropped) == (0, 0)
         found += [answer for _, answer in turns_of(sample)]
     assert Counter("".join("".join(found).split())) == Counter("".join("".join(texts).split()))
+
+
+def test_long_texts_that_were_split_are_counted() -> None:
+    samples = pretrain(["ab " * 300, "ab", "cd " * 200], context=50, conversation=100)
+    assert samples.tally.texts_split == 2
+    assert "2 long texts split into pieces that fit" in str(samples.tally)
+    assert "split" not in str(pretrain(["ab"], context=50, conversation=100).tally)
 
 
 def test_groups_are_filled() -> None:
@@ -613,11 +630,23 @@ def test_a_limit_takes_the_first_contexts(tmp_path: Path) -> None:
     assert len(read("squad", folder, limit=100)) == 2
 
 
-def test_a_question_without_an_answer_never_becomes_a_turn_without_one(tmp_path: Path) -> None:
+def test_a_question_without_an_answer_is_left_out_and_counted(tmp_path: Path) -> None:
     # SQuAD 2.0 has the same columns, and questions that have no answer.
     nothing = {"text": [], "answer_start": []}
     folder = squad_folder(tmp_path, answers=[nothing, {"text": ["Arlow"], "answer_start": [3]}, nothing])
-    assert read("squad", folder) == [Example("q1", "first", (Turn("Where?", ("Arlow",)),))]
+    tally = CutTally()
+    usable = list(answerable(read("squad", folder), tally))
+    assert usable == [Example("q1", "first", (Turn("Where?", ("Arlow",)),))]
+    assert str(tally).endswith(", 2 skipped: question without an answer (first q1)")
+
+
+def test_what_is_wrong_with_a_source_is_said_without_reading_it_all(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"context": "one"}\nnot json\n')
+    good = {"worlds": SourceConfig("worlds", options={"count": 10**9, "seed": 1}), "mine": SourceConfig("jsonl", str(file))}
+    look_into(good, "data.train")
+    with pytest.raises(ValueError, match=r"data.test.gone: .*none.jsonl"):
+        look_into({**good, "gone": SourceConfig("jsonl", str(tmp_path / "none.jsonl"))}, "data.test")
 
 
 RACE: dict[str, list[Any]] = {
@@ -671,9 +700,10 @@ def test_ids_of_a_source_are_unique(tmp_path: Path) -> None:
 
 
 def test_worlds_are_a_source() -> None:
-    options = {"count": 5, "seed": 7, "facts": [2, 3], "people": [1, 2]}
-    assert read("worlds", None, options=options) == list(World(facts=(2, 3), people=(1, 2), seed=7).examples(5))
-    assert read("worlds", None, options=options, limit=2) == list(World(facts=(2, 3), people=(1, 2), seed=7).examples(2))
+    options = {"count": 5, "seed": 7, "facts": [2, 3], "people": [1, 2], "kinds": [3, 4]}
+    world = World(facts=(2, 3), people=(1, 2), kinds=(3, 4), seed=7)
+    assert read("worlds", None, options=options) == list(world.examples(5))
+    assert read("worlds", None, options=options, limit=2) == list(world.examples(2))
 
 
 def test_jsonl_is_a_users_own_file(tmp_path: Path) -> None:

@@ -199,21 +199,11 @@ def test_stack_lays_adapters_side_by_side() -> None:
 def test_no_operation_changes_the_lora_it_is_called_on() -> None:
     lora = random_lora(PATHS, batch=2, rank=2, seed=3)
     before = {path: (a.clone(), b.clone()) for path, (a, b) in lora.items()}
-    lora.scale(2.0), lora.select([1, 1]), lora.detach(), LoRA.concat([lora, lora]), LoRA.stack([lora, lora])
+    lora.scale(2.0), lora.select([1, 1]), LoRA.concat([lora, lora]), LoRA.stack([lora, lora])
     lora.cosine(), lora.effective_rank()
     for path, (a, b) in lora.items():
         assert torch.equal(a, before[path][0])
         assert torch.equal(b, before[path][1])
-
-
-def test_detach_keeps_values_and_cuts_the_graph() -> None:
-    a, b = torch.ones(1, 2, 1, requires_grad=True), torch.ones(1, 1, 2, requires_grad=True)
-    lora = LoRA({"x": (a * 3, b * 2)})
-    assert all(weight.requires_grad for pair in lora.values() for weight in pair)
-    cut = lora.detach()
-    assert not any(weight.requires_grad for pair in cut.values() for weight in pair)
-    assert torch.equal(cut["x"][0], lora["x"][0])
-    assert torch.equal(cut["x"][1], lora["x"][1])
 
 
 @given(batch=st.integers(1, 4), rank=st.integers(1, 4), seed=st.integers(0, 2**20))

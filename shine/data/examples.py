@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, the answers that count as right (the first is the one to learn), and the kind of question it is."""
+    """A question, the answers that count as right (the first is the one to learn), and the kind of question it is.
+
+    Without an answer it can be neither learned nor scored: see `shine.data.samples.answerable`.
+    """
 
     question: str
     answers: tuple[str, ...]

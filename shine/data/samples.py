@@ -6,8 +6,8 @@ import random
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -52,6 +52,7 @@ class CutTally:
     context_tokens_dropped: int = 0
     conversations_cut: int = 0
     conversation_tokens_dropped: int = 0
+    texts_split: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     first_skipped: dict[str, str] = field(default_factory=dict)
 
@@ -72,9 +73,25 @@ class CutTally:
             f"{self.samples:,} samples: {self.contexts_cut:,} contexts cut ({self.context_tokens_dropped:,} tokens), "
             f"{self.conversations_cut:,} conversations cut ({self.conversation_tokens_dropped:,} tokens)"
         )
+        if self.texts_split:
+            text += f", {self.texts_split:,} long texts split into pieces that fit"
         return text + "".join(
             f", {count:,} skipped: {reason} (first {self.first_skipped[reason]})" for reason, count in sorted(self.skipped.items())
         )
+
+
+def answerable(examples: Iterable[Example], tally: CutTally) -> Iterator[Example]:
+    """Examples with a context and a question that has an answer; what is left out is counted."""
+    for example in examples:
+        turns = tuple(turn for turn in example.turns if turn.answers)
+        for _ in range(len(example.turns) - len(turns)):
+            tally.skip("question without an answer", example.id)
+        if not example.context.strip():
+            tally.skip("empty context", example.id)
+        elif turns:
+            yield replace(example, turns=turns)
+        elif not example.turns:
+            tally.skip("no question", example.id)
 
 
 class StageSamples(Protocol):
@@ -95,10 +112,8 @@ class AnswerSamples:
         self.stage = stage
         self.tally = CutTally()
         self.items: list[Example] = []
-        for example in examples:
-            if not example.context.strip() or not example.turns:
-                self.tally.skip("empty context" if example.turns else "no question", example.id)
-            elif stage.name == "mqa":
+        for example in answerable(examples, self.tally):
+            if stage.name == "mqa":
                 self.items.append(example)
             else:
                 self.items += [Example(f"{example.id}/{n}", example.context, (turn,)) for n, turn in enumerate(example.turns)]
@@ -158,10 +173,12 @@ class PretrainSamples:
             )
         pieces: list[tuple[str, int]] = []
         for example in examples:
-            if example.context.strip():
-                pieces += split_text(tokenizer, example.context, budget=budget)
-            else:
+            if not example.context.strip():
                 self.tally.skip("empty context", example.id)
+                continue
+            found = split_text(tokenizer, example.context, budget=budget)
+            self.tally.texts_split += len(found) > 1
+            pieces += found
         self.texts = [text for text, _ in pieces]
         # A text costs its separator in the context and its turn's marks in the conversation: both must fit.
         costs = [(length + 1, length + overhead) for _, length in pieces]

@@ -40,15 +40,22 @@ def read_named(sources: Mapping[str, SourceConfig], place: str) -> Iterator[Exam
             raise ValueError(f"{place}.{name}: {error}") from None
 
 
+def look_into(sources: Mapping[str, SourceConfig], place: str) -> None:
+    """Read the first example of each source, so that what is wrong with one is said before a large model is loaded."""
+    for name, source in sources.items():
+        next(read_named({name: source}, place), None)
+
+
 def read_squad(config: SourceConfig) -> Iterator[Example]:
-    """SQuAD: one example a passage, with all its questions; every gold answer counts, the first is learned."""
+    """SQuAD: one example a passage, with all its questions; every gold answer counts, the first is learned.
+
+    SQuAD 2.0 has questions without an answer: they come without one.
+    """
     rows = _rows(config, ("id", "context", "question", "answers"))
     for context, group in itertools.groupby(rows, key=lambda row: row["context"]):
         members = list(group)
-        # A question without a gold answer (SQuAD 2.0 has some) cannot be learned from or scored.
-        asked = [(row["question"].strip(), tuple(dict.fromkeys(row["answers"]["text"]))) for row in members]
-        if turns := tuple(Turn(question, answers) for question, answers in asked if answers):
-            yield Example(id=members[0]["id"], context=context, turns=turns)
+        turns = tuple(Turn(row["question"].strip(), tuple(dict.fromkeys(row["answers"]["text"]))) for row in members)
+        yield Example(id=members[0]["id"], context=context, turns=turns)
 
 
 def read_race(config: SourceConfig, *, cloze: bool = True) -> Iterator[Example]:
@@ -90,15 +97,22 @@ def read_jsonl(config: SourceConfig) -> Iterator[Example]:
 
 
 def read_worlds(
-    config: SourceConfig, *, count: int, seed: int, facts: tuple[int, int] = (4, 6), people: tuple[int, int] = (2, 3)
+    config: SourceConfig,
+    *,
+    count: int,
+    seed: int,
+    facts: tuple[int, int] = World.facts,
+    people: tuple[int, int] = World.people,
+    kinds: tuple[int, int] = World.kinds,
 ) -> Iterator[Example]:
-    """Invented worlds, ``count`` contexts drawn from ``seed``."""
+    """Invented worlds, ``count`` contexts drawn from ``seed``; the rest as in `World`."""
+    bounds = {"facts": facts, "people": people, "kinds": kinds}
     try:
-        return World(facts=(facts[0], facts[1]), people=(people[0], people[1]), seed=int(seed)).examples(int(count))
-    except (TypeError, IndexError):
-        raise ValueError(
-            f"worlds: facts={facts} and people={people} must be pairs of whole numbers, count and seed numbers"
-        ) from None
+        pairs = {name: (int(least), int(most)) for name, (least, most) in bounds.items()}
+        count, seed = int(count), int(seed)
+    except (TypeError, ValueError):
+        raise ValueError(f"worlds: each of {bounds} must be a pair of whole numbers, count and seed numbers") from None
+    return World(seed=seed, **pairs).examples(count)
 
 
 READERS: dict[str, Callable[..., Iterator[Example]]] = {

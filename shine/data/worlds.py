@@ -7,7 +7,7 @@ the best constant answer to a kind is right once in as many times as the list is
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from shine.data.examples import Example, Turn
@@ -113,25 +113,46 @@ RELATIONS = (
 
 
 @dataclass(frozen=True)
+class Fact:
+    """One thing that is true of one person."""
+
+    who: str
+    relation: Relation
+    what: str
+
+    def statement(self, rng: random.Random) -> str:
+        """A sentence that says so."""
+        return rng.choice(self.relation.statements).format(who=self.who, what=self.what, a_what=_with_article(self.what))
+
+    def turn(self, rng: random.Random) -> Turn:
+        """A question that asks for it."""
+        return Turn(rng.choice(self.relation.questions).format(who=self.who), (self.what,), self.relation.kind)
+
+
+@dataclass(frozen=True)
 class World:
     """How contexts are drawn.
 
     Attributes:
         facts: least and most facts in a context.
         people: least and most people in a context; every person has at least one fact.
+        kinds: least and most kinds of fact that a context draws from. The fewer, the more people share one, so that the kind
+            of a question says less about its answer.
         seed: two worlds with different seeds share no sequence of draws.
     """
 
     facts: tuple[int, int] = (4, 6)
     people: tuple[int, int] = (2, 3)
+    kinds: tuple[int, int] = (len(RELATIONS), len(RELATIONS))
     seed: int = 0
 
     def __post_init__(self) -> None:
-        room = self.people[0] * len(RELATIONS)
-        for name, limit in {"people": len(NAMES), "facts": room}.items():
+        room = self.people[0] * self.kinds[0]
+        for name, limit in {"people": len(NAMES), "kinds": len(RELATIONS), "facts": room}.items():
             least, most = getattr(self, name)
             if not 1 <= least <= most <= limit:
-                why = f" ({self.people[0]} people have at most {room} facts)" if name == "facts" else ""
+                of = f" of {self.kinds[0]} kinds" if self.kinds[0] < len(RELATIONS) else ""
+                why = f" ({self.people[0]} people have at most {room} facts{of})" if name == "facts" else ""
                 raise ValueError(f"worlds: {name}={[least, most]} must be the least and the most, from 1 to {limit}{why}")
 
     def examples(self, count: int) -> Iterator[Example]:
@@ -142,20 +163,28 @@ class World:
     def example(self, index: int) -> Example:
         """Context number ``index`` of this world."""
         rng = random.Random(f"world {self.seed} {index}")
+        facts = self.draw(rng)
+        text = tell(facts, rng)
+        rng.shuffle(facts)
+        return Example(id=f"world-{self.seed}-{index}", context=text, turns=tuple(fact.turn(rng) for fact in facts))
+
+    def draw(self, rng: random.Random) -> list[Fact]:
+        """The facts of one context, in no order."""
         people = rng.sample(NAMES, rng.randint(*self.people))
+        relations = rng.sample(RELATIONS, rng.randint(*self.kinds))
         count = max(rng.randint(*self.facts), len(people))
-        pairs = [(person, relation) for person in people for relation in RELATIONS]
+        pairs = [(person, relation) for person in people for relation in relations]
         # One fact for each person first, so that nobody is a mere name.
-        chosen = [(person, rng.choice(RELATIONS)) for person in people]
+        chosen = [(person, rng.choice(relations)) for person in people]
         chosen += rng.sample([pair for pair in pairs if pair not in chosen], count - len(people))
-        facts = [(person, relation, rng.choice(relation.values)) for person, relation in chosen]
+        facts = [Fact(person, relation, rng.choice(relation.values)) for person, relation in chosen]
         rng.shuffle(facts)
-        text = " ".join(
-            rng.choice(relation.statements).format(who=who, what=what, a_what=_with_article(what)) for who, relation, what in facts
-        )
-        rng.shuffle(facts)
-        turns = tuple(Turn(rng.choice(relation.questions).format(who=who), (what,), relation.kind) for who, relation, what in facts)
-        return Example(id=f"world-{self.seed}-{index}", context=text, turns=turns)
+        return facts
+
+
+def tell(facts: Iterable[Fact], rng: random.Random) -> str:
+    """The facts as a text, in their order, each in one of its ways."""
+    return " ".join(fact.statement(rng) for fact in facts)
 
 
 def guess_rate(kind: str) -> float:

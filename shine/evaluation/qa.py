@@ -12,7 +12,7 @@ from shine.chat import token_ids
 from shine.config import EvaluationConfig
 from shine.data.batching import chunks
 from shine.data.examples import Example
-from shine.data.samples import CutTally
+from shine.data.samples import CutTally, answerable
 from shine.evaluation.methods import Asked, Method
 from shine.metrics import exact_match, f1
 
@@ -46,16 +46,13 @@ def usable_examples(
 ) -> Iterator[Example]:
     """Examples whose context fits ``context_length`` tokens, cut where it must be; what was cut or skipped is counted.
 
-    With ``questions``, examples without any are skipped too.
+    With ``questions``, those without any are skipped too.
 
     The cut is of the text itself, so that every method reads the same.
     """
-    for example in examples:
+    for example in answerable(examples, tally) if questions else examples:
         if not example.context.strip():
             tally.skip("empty context", example.id)
-            continue
-        if questions and not example.turns:
-            tally.skip("no question", example.id)
             continue
         ids = token_ids(tokenizer, example.context)
         tally.samples += 1

@@ -16,7 +16,7 @@ from shine.checkpoint import effective_config, load_hypernetwork
 from shine.config import EvaluationConfig, MethodName, StageName
 from shine.data.examples import Example
 from shine.data.samples import CutTally
-from shine.data.sources import read_named
+from shine.data.sources import look_into, read_named
 from shine.evaluation import pretraining, qa
 from shine.evaluation.methods import Method
 from shine.evaluation.tables import answer_table, recall_table, show
@@ -34,6 +34,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         ValueError: SHINE is to be scored and there is no checkpoint, a source is missing or has nothing to ask.
     """
     stage = config.stage.name
+    look_into(config.data.test, "data.test")
     methods = load_methods(config)
     output = Path(config.output).expanduser()
     output.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from shine.checkpoint import (
 from shine.config import TrainConfig
 from shine.data.batching import SampleStream
 from shine.data.samples import build_samples
-from shine.data.sources import read_named
+from shine.data.sources import look_into, read_named
 from shine.hypernetwork import Hypernetwork
 from shine.training.distributed import Ranks, join_ranks
 from shine.training.monitor import METRICS_FILE, Monitor
@@ -51,6 +51,8 @@ def train(config: TrainConfig) -> Path:
         # Every rank has looked at the output folder before the first one writes into it.
         ranks.wait()
         shape = effective_config(start, config.hypernetwork)
+        look_into(config.data.train, "data.train")
+        look_into(config.data.validation, "data.validation")
         if ranks.first and shape != config.hypernetwork:
             print(f"the hypernetwork is that of {start}, not the one configured: {shape}", flush=True)
         backbone, tokenizer = load_backbone(config.backbone, targets=shape.targets)
