@@ -193,7 +193,7 @@ def _network_names(content: Any) -> dict[str, Any]:
 
 def _meta_names(content: Any) -> dict[str, Any]:
     return {
-        f"meta_lora.layers.{layer}.{name}_proj.{letter}": dict(dict(groups[group])[name])[letter]
+        f"meta_lora.layers.{layer}.{name}_proj.{letter}": dict(dict(dict(groups)[group])[name])[letter]
         for layer, groups in content.items()
         for group, names in _RELEASED_META.items()
         for name in names
