@@ -7,6 +7,7 @@ read off its tensors and come from the experiment's configuration.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -112,17 +113,16 @@ def effective_config(path: str | Path | None, config: HypernetworkConfig) -> Hyp
 
 
 def save_hypernetwork(
-    directory: Path, hypernetwork: Hypernetwork, info: CheckpointInfo, *, dtype: torch.dtype | None = None
+    directory: Path, weights: Mapping[str, Tensor], info: CheckpointInfo, *, dtype: torch.dtype | None = None
 ) -> None:
     """Write weights, then ``config.json``, into ``directory``.
 
     Args:
+        weights: the ``state_dict`` of a hypernetwork.
         dtype: store the weights in this type instead of their own.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in hypernetwork.state_dict().items()
-    }
+    tensors = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in weights.items()}
     save_file(tensors, directory / WEIGHTS_FILE)
     text = json.dumps({"format": FORMAT, "shine": shine.__version__, **asdict(info)}, indent=2)
     (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -131,7 +131,7 @@ def save_hypernetwork(
 def load_hypernetwork(
     path: str | Path, backbone: Backbone, *, config: HypernetworkConfig | None = None, trained_on: BackboneConfig | None = None
 ) -> Hypernetwork:
-    """The hypernetwork in a checkpoint directory, float32, on the backbone's device.
+    """The hypernetwork in a checkpoint directory, on the backbone's device.
 
     Args:
         path: ours or a released directory, or a folder of such; see `find_checkpoint`.
@@ -218,7 +218,7 @@ def _unpickle_weights(file: Path) -> Any:
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
-        return {name: tensor.float() for name, tensor in load_file(file).items()}
+        return load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); fetch or train the checkpoint again") from None
 
@@ -243,14 +243,32 @@ def _check_shapes(hypernetwork: Hypernetwork, tensors: Mapping[str, Tensor], dir
 
 @contextmanager
 def written_beside(directory: Path) -> Iterator[Path]:
-    """A fresh folder to write into, renamed to ``directory`` when the block ends well, so that no half-written one is ever seen."""
+    """A fresh folder to write into, renamed to ``directory`` when the block ends well, so that no half-written one is ever seen.
+
+    What was written is on the disk before the name appears. An earlier ``directory`` gives way just before.
+    """
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
         if directory.exists():
             shutil.rmtree(directory)
         temporary.rename(directory)
+        _flush(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk; a file system that cannot flush folders says so and is believed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)

@@ -142,7 +142,11 @@ class StageConfig:
         clip: largest global gradient norm.
         evaluate_every, save_every, log_every: in steps; zero means never (save: only at the end).
         evaluation_batches: how many validation batches each evaluation looks at.
-        keep: how many step checkpoints stay on disk.
+        keep: how many step checkpoints stay on disk, beside the best.
+        check_every: in steps, how often the ranks make sure that they hold the same weights; zero means never.
+        spike_factor: a gradient norm beyond so many times the median of the last ``spike_window`` is a spike, and its step is
+            not taken; ``None`` lets spikes pass.
+        most_skipped: so many steps in a row with bad numbers end the run.
     """
 
     name: StageName
@@ -161,6 +165,10 @@ class StageConfig:
     save_every: Count = 0
     log_every: Count = 10
     keep: Positive = 2
+    check_every: Count = 100
+    spike_factor: PositiveFloat | None = 20.0
+    spike_window: Positive = 100
+    most_skipped: Positive = 10
 
     def __post_init__(self) -> None:
         if self.batch_size % self.micro_batch_size:
@@ -175,8 +183,11 @@ class TrainConfig:
     Attributes:
         checkpoint: the previous stage's directory to start from; ``None`` starts the hypernetwork at random.
         from_scratch: let a QA stage start at random too, which otherwise needs a checkpoint.
-        resume: ``latest`` or a step directory of this run to continue from.
+        resume: continue from the ``latest`` step directory of this run, or from the one named here; ``auto`` is ``latest`` where
+            there is one and a fresh start where there is none, for jobs that a scheduler starts again.
+        allow_changes: let a resumed run differ from the one it continues in what changes the result.
         output: where the run writes.
+        engine: how several ranks train together: ``ddp`` holds everything trainable on each, ``fsdp`` a part on each.
     """
 
     backbone: BackboneConfig
@@ -184,9 +195,11 @@ class TrainConfig:
     stage: StageConfig
     data: DataConfig
     output: str
+    engine: Literal["ddp", "fsdp"] = "ddp"
     checkpoint: str | None = None
     from_scratch: bool = False
     resume: str | None = None
+    allow_changes: bool = False
     seed: int = 42
 
 

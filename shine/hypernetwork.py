@@ -47,6 +47,8 @@ class MetaLoRA(nn.Module):
 class Hypernetwork(nn.Module):
     """Contexts in, LoRA out, in one pass of the backbone and one of the M2P transformer.
 
+    The parameters are float32, under a float64 backbone float64.
+
     Args:
         config: ranks, scale, layout, depth; see `HypernetworkConfig`.
         backbone: whose linears the LoRA is for. Kept outside this module: it is passed to `forward` again.
@@ -76,6 +78,7 @@ class Hypernetwork(nn.Module):
             feed_forward=config.m2p.feed_forward or 2 * hidden,
             layers_first=config.m2p.layers_first,
         )
+        self.to(torch.promote_types(torch.float32, backbone.dtype))
 
     def forward(self, backbone: Backbone, context_ids: Tensor, context_mask: Tensor | None) -> LoRA:
         """The LoRA of each context.
@@ -86,7 +89,7 @@ class Hypernetwork(nn.Module):
             context_mask: ``[B, T]``, or ``None`` when nothing is padded.
 
         Returns:
-            A LoRA of batch ``B``, float32.
+            A LoRA of batch ``B`` in the parameters' dtype.
         """
         states = self.memory_states(backbone, context_ids, context_mask)
         return self.layout.cut(self.flat_state(states))

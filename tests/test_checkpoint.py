@@ -59,7 +59,7 @@ def hypernetwork(backbone: Backbone) -> Hypernetwork:
 
 @pytest.fixture
 def saved(tmp_path: Path, hypernetwork: Hypernetwork) -> Path:
-    save_hypernetwork(tmp_path / "final", hypernetwork, INFO)
+    save_hypernetwork(tmp_path / "final", hypernetwork.state_dict(), INFO)
     return tmp_path / "final"
 
 
@@ -113,7 +113,7 @@ def test_a_loaded_hypernetwork_can_be_trained(saved: Path, backbone: Backbone) -
 
 
 def test_weights_can_be_stored_in_a_smaller_type(tmp_path: Path, hypernetwork: Hypernetwork, backbone: Backbone) -> None:
-    save_hypernetwork(tmp_path, hypernetwork, INFO, dtype=torch.bfloat16)
+    save_hypernetwork(tmp_path, hypernetwork.state_dict(), INFO, dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in load_file(tmp_path / "hypernetwork.safetensors").values()} == {torch.bfloat16}
     loaded = load_hypernetwork(tmp_path, backbone).state_dict()
     for name, tensor in hypernetwork.state_dict().items():
@@ -129,7 +129,7 @@ def test_the_configuration_is_written_last(tmp_path: Path, hypernetwork: Hyperne
 
     monkeypatch.setattr(shine.checkpoint, "save_file", full)
     with pytest.raises(OSError, match="no space"):
-        save_hypernetwork(tmp_path / "final", hypernetwork, INFO)
+        save_hypernetwork(tmp_path / "final", hypernetwork.state_dict(), INFO)
     assert not (tmp_path / "final" / "config.json").exists()
     with pytest.raises(ValueError, match="holds neither"):
         find_checkpoint(tmp_path / "final")
@@ -413,5 +413,5 @@ def test_an_old_folder_is_replaced_not_mixed(tmp_path: Path) -> None:
 def test_the_info_of_another_stage_is_told_apart(tmp_path: Path, hypernetwork: Hypernetwork) -> None:
     for stages in ((), ("pretrain",)):
         info = replace(INFO, stages=stages)
-        save_hypernetwork(tmp_path, hypernetwork, info)
+        save_hypernetwork(tmp_path, hypernetwork.state_dict(), info)
         assert read_info(tmp_path) == info

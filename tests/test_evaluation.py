@@ -51,7 +51,9 @@ def checkpoint(tmp_path: Path, make_backbone: Callable[..., Backbone]) -> str:
     torch.manual_seed(4)
     config = tiny_hypernetwork_config()
     save_hypernetwork(
-        tmp_path / "checkpoint", Hypernetwork(config, make_backbone()), CheckpointInfo(BackboneConfig(path="x"), config)
+        tmp_path / "checkpoint",
+        Hypernetwork(config, make_backbone()).state_dict(),
+        CheckpointInfo(BackboneConfig(path="x"), config),
     )
     return str(tmp_path / "checkpoint")
 

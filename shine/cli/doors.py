@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 
 from shine.config import parse, unknown_key
+from shine.training.stop import StoppedError
 
 T = TypeVar("T")
 
@@ -22,6 +23,9 @@ def run_door(kind: type[T], values: object, action: Callable[[T], Any]) -> None:
         action(parse(kind, values))
     except ValueError as error:
         _give_up(str(error))
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr, flush=True)
+        sys.exit(128 + stopped.signal_number)
 
 
 @contextmanager

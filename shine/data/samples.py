@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import random
 import re
 from bisect import bisect_left
@@ -103,6 +105,10 @@ class StageSamples(Protocol):
 
     def sample(self, index: int, *, epoch: int) -> Sample | None: ...
 
+    def fingerprint(self) -> str:
+        """A hash of the texts behind the samples and of their order, wherever they were read from."""
+        ...
+
 
 class AnswerSamples:
     """The QA stages: all turns of a context as one conversation (mqa), or each question by itself (1qa)."""
@@ -120,6 +126,10 @@ class AnswerSamples:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def fingerprint(self) -> str:
+        asked = ((turn.question, turn.answer) for item in self.items for turn in item.turns)
+        return _digest(itertools.chain((item.context for item in self.items), itertools.chain.from_iterable(asked)))
 
     def sample(self, index: int, *, epoch: int) -> Sample | None:
         example = self.items[index]
@@ -187,6 +197,9 @@ class PretrainSamples:
     def __len__(self) -> int:
         return len(self.groups)
 
+    def fingerprint(self) -> str:
+        return _digest(self.texts[member] for group in self.groups for member in group)
+
     def sample(self, index: int, *, epoch: int) -> Sample | None:
         rng = random.Random(f"{self.seed} {epoch} {index}")
         members = [(self.texts[member], rng.choice(self.tasks), rng.uniform(*self.HIDE)) for member in self.groups[index]]
@@ -203,6 +216,13 @@ class PretrainSamples:
 
     def _turn(self, task: str, text: str) -> list[Message]:
         return [Message("user", getattr(self.task_tokens, task)), Message("assistant", text)]
+
+
+def _digest(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def hide_end(text: str, share: float) -> str:

@@ -6,10 +6,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,8 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
 
     @property
     def first(self) -> bool:
@@ -31,10 +37,58 @@ class Ranks:
         dist.all_reduce(total)
         return total
 
+    def any(self, value: int, *, device: torch.device) -> int:
+        """The largest of the ranks' numbers, on every rank; zero when all are zero."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value, device=device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def gather(self, value: T) -> list[T]:
+        """The ranks' values in order, on every rank."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def check_equal(self, module: nn.Module, *, step: int) -> None:
+        """Make sure that every rank holds the same parameters; where each holds its own part of them, nothing can be compared.
+
+        Raises:
+            RuntimeError: they have drifted apart; on every rank.
+        """
+        if self.size == 1 or any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            return
+        own = torch.stack([_bit_sum(parameter) for parameter in module.parameters()])
+        least, most = own.clone(), own.clone()
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        names = [name for (name, _), differs in zip(module.named_parameters(), (least != most).tolist(), strict=True) if differs]
+        if names:
+            raise RuntimeError(
+                f"after step {step} the ranks hold different values of {len(names)} parameters, {names[0]} among them: the run "
+                "cannot be trusted from here; resume from an earlier step directory, and look at the machine"
+            )
+
     def wait(self) -> None:
         """Return once every rank is here."""
         if self.size > 1:
             dist.barrier()
+
+    @contextmanager
+    def one_by_one(self) -> Iterator[None]:
+        """The ranks of one machine go through the block after each other, so that only one at a time holds what it needs in it."""
+        for turn in range(self.local_size):
+            if turn == self.local_rank:
+                yield
+            self.wait()
+
+
+def _bit_sum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bit patterns: equal for equal tensors, and hardly ever for others; one pass, no copy."""
+    bits = tensor.detach().view(torch.int64 if tensor.element_size() == 8 else torch.int32)
+    return bits.sum(dtype=torch.int64)
 
 
 @contextmanager
@@ -56,6 +110,6 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        yield Ranks(dist.get_rank(), size)
+        yield Ranks(dist.get_rank(), size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     finally:
         dist.destroy_process_group()

@@ -4,40 +4,36 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import signal
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from shine.backbone import Backbone
-from shine.checkpoint import (
-    CheckpointInfo,
-    effective_config,
-    find_checkpoint,
-    load_hypernetwork,
-    read_info,
-    save_hypernetwork,
-    written_beside,
-)
+from shine.checkpoint import CheckpointInfo, effective_config, save_hypernetwork, written_beside
 from shine.config import TrainConfig
 from shine.data.batching import SampleStream
-from shine.data.samples import build_samples
+from shine.data.samples import CutTally, Sample, build_samples
 from shine.data.sources import look_into, read_named
 from shine.hypernetwork import Hypernetwork
 from shine.training.distributed import Ranks, join_ranks
-from shine.training.monitor import METRICS_FILE, Monitor
+from shine.training.guard import Guard
+from shine.training.monitor import Monitor
 from shine.training.optimizer import build_optimizer, learning_rate
-from shine.training.state import Position, find_resume, prune, restore_state, save_state
-from shine.training.step import training_step
+from shine.training.parallel import restore_optimizer, shard, synchronised, whole_optimizer, whole_weights
+from shine.training.provenance import differences, run_record, versions
+from shine.training.start import FINAL, Start, start_hypernetwork, starting_point
+from shine.training.state import RUN_FILE, RunState, load_state, plain, prune, restore_rng, rng_state, save_state
+from shine.training.step import StepResult, training_step
+from shine.training.stop import StoppedError, StopRequest, stop_requests
 from shine.training.validation import Validation
 from shine.zoo import load_backbone
 
-CONFIG_FILE = "run.json"
-FINAL = "final"
+BAD_STEPS_FILE = "bad_steps.jsonl"
 
 
 def train(config: TrainConfig) -> Path:
@@ -45,23 +41,32 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         ValueError: whatever does not fit together, with the remedy: a missing checkpoint or source, ranks, sizes.
+        StoppedError: a signal asked for it, and the run was saved.
     """
-    with join_ranks(config.backbone.device) as ranks:
-        start = starting_point(config)
-        # Every rank has looked at the output folder before the first one writes into it.
-        ranks.wait()
-        shape = effective_config(start, config.hypernetwork)
+    with join_ranks(config.backbone.device) as ranks, stop_requests() as request:
+        # One rank looks, before any writes; what it refuses is said once.
+        start = ranks.gather(starting_point(config, say=print) if ranks.first else None)[0]
+        assert start is not None
+        shape = effective_config(start.directory, config.hypernetwork)
         look_into(config.data.train, "data.train")
         look_into(config.data.validation, "data.validation")
         if ranks.first and shape != config.hypernetwork:
-            print(f"the hypernetwork is that of {start}, not the one configured: {shape}", flush=True)
-        backbone, tokenizer = load_backbone(config.backbone, targets=shape.targets)
-        return _Run(config, backbone, tokenizer, ranks, start=start).go()
+            print(f"the hypernetwork is that of {start.directory}, not the one configured: {shape}", flush=True)
+        with ranks.one_by_one():
+            backbone, tokenizer = load_backbone(config.backbone, targets=shape.targets)
+        return _Run(config, backbone, tokenizer, ranks, start=start, request=request).go()
 
 
 class _Run:
     def __init__(
-        self, config: TrainConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, *, start: Path | None
+        self,
+        config: TrainConfig,
+        backbone: Backbone,
+        tokenizer: PreTrainedTokenizerBase,
+        ranks: Ranks,
+        *,
+        start: Start,
+        request: StopRequest,
     ) -> None:
         stage = config.stage
         if stage.batch_size % (ranks.size * stage.micro_batch_size):
@@ -69,47 +74,61 @@ class _Run:
                 f"stage.batch_size={stage.batch_size} must be a multiple of ranks x micro_batch_size = "
                 f"{ranks.size} x {stage.micro_batch_size}: change one of them"
             )
-        self.config, self.stage, self.ranks = config, stage, ranks
+        self.config, self.stage, self.ranks, self.request = config, stage, ranks, request
         self.backbone, self.tokenizer = backbone, tokenizer
         self.output = Path(config.output).expanduser()
         self.hypernetwork, before = start_hypernetwork(config, backbone, start=start)
         self.info = CheckpointInfo(config.backbone, self.hypernetwork.config, (*before, stage.name))
+        if config.engine == "fsdp" and ranks.size > 1:
+            shard(self.hypernetwork, ranks)
         self.optimizer = build_optimizer(self.hypernetwork, stage)
         samples = build_samples(
             read_named(config.data.train, "data.train"), tokenizer, stage, task_tokens=config.backbone.task_tokens, seed=config.seed
         )
         self.stream = SampleStream(samples, stage.batch_size, config.seed)
+        self.fingerprint = samples.fingerprint()
         self.total = stage.steps if stage.steps is not None else max(math.ceil(stage.epochs * len(samples) / stage.batch_size), 1)
         self.validation = Validation(config, backbone, tokenizer, read_named(config.data.validation, "data.validation"))
+        self.guard = Guard(stage)
         self.step = 0
-        if config.resume is not None:
-            assert start is not None
-            self._restore(start)
+        self.best: float | None = None
+        self.resumed_notes = self._restore(start.directory) if start.resumed and start.directory is not None else []
 
     def go(self) -> Path:
+        """Train to the last step."""
         title = f"{self.stage.name} {Path(self.config.backbone.path).name}"
         with Monitor(self.output, start=self.step, total=self.total, title=title, quiet=not self.ranks.first) as monitor:
             if self.ranks.first:
-                (self.output / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
+                (self.output / RUN_FILE).write_text(json.dumps(run_record(self.config), indent=2) + "\n", encoding="utf-8")
             monitor.say(describe(self.hypernetwork, self.backbone, samples=len(self.stream.samples), steps=self.total))
-            model: nn.Module = self.hypernetwork
-            if self.ranks.size > 1:
-                model = DistributedDataParallel(self.hypernetwork)
+            model = synchronised(self.hypernetwork, self.ranks, self.config.engine)
             for line in self._notes():
                 monitor.say(line)
             try:
                 while self.step < self.total:
-                    self._train_step(model, monitor)
-                    self.step += 1
-                    if _due(self.step, self.stage.evaluate_every, last=self.total) and self.validation:
-                        monitor.record(self.validation.measure(self.hypernetwork))
-                    if _due(self.step, self.stage.save_every) and self.step < self.total:
-                        self._save(monitor)
+                    self._advance(model, monitor)
             finally:
                 monitor.say(f"{self.stage.name}, samples drawn: {self.stream.samples.tally}")
         return self._finish()
 
+    def _advance(self, model: nn.Module, monitor: Monitor) -> None:
+        """One optimizer step, and what is due after it."""
+        self._train_step(model, monitor)
+        self.step += 1
+        if _due(self.step, self.stage.check_every, last=self.total):
+            self.ranks.check_equal(self.hypernetwork, step=self.step)
+        if _due(self.step, self.stage.evaluate_every, last=self.total) and self.validation:
+            self._evaluate(monitor)
+        stopped_by = self.ranks.any(self.request.signal_number, device=self.backbone.device)
+        unfinished = self.step < self.total
+        if unfinished and (stopped_by or _due(self.step, self.stage.save_every)):
+            self._save(monitor)
+        if unfinished and stopped_by:
+            text = f"{signal.Signals(stopped_by).name}: saved after step {self.step:,} and stopped; resume=latest goes on"
+            raise StoppedError(text, signal_number=stopped_by)
+
     def _notes(self) -> Iterator[str]:
+        yield from self.resumed_notes
         for name, tally in self.validation.tallies.items():
             yield f"validation {name}: {tally}"
         if self.stage.evaluate_every and not self.validation:
@@ -121,85 +140,108 @@ class _Run:
         rate = learning_rate(self.step, stage=self.stage, total_steps=self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        samples = next(self.stream)
         result = training_step(
             model,
             self.backbone,
-            next(self.stream),
+            samples,
             optimizer=self.optimizer,
             micro_batch_size=self.stage.micro_batch_size,
             clip=self.stage.clip,
             pad_id=self.tokenizer.pad_token_id,
             ranks=self.ranks,
+            guard=self.guard,
         )
         monitor.advance(tokens=result.tokens, loss=result.loss)
-        if result.skipped:
-            monitor.say(f"step {self.step + 1}: the gradient is not finite, step skipped on every rank")
         if _due(self.step + 1, self.stage.log_every, last=self.total):
-            monitor.record({"loss": result.loss, "learning_rate": rate, "gradient_norm": result.gradient_norm})
+            scalars = {"loss": result.loss, "learning_rate": rate, "gradient_norm": result.gradient_norm}
+            monitor.record({**scalars, "skipped_steps": self.guard.skipped})
+        if result.skipped is not None:
+            self._report_bad(result, samples, monitor)
+            self.guard.check(learning_rate=rate)
+
+    def _report_bad(self, result: StepResult, samples: list[Sample], monitor: Monitor) -> None:
+        """Say that a step was not taken, and write down which samples it was made of."""
+        monitor.say(f"step {self.step + 1}: {result.skipped}, not taken by any rank; its samples are in {BAD_STEPS_FILE}")
+        if self.ranks.first:
+            row = {"step": self.step + 1, "reason": result.skipped, "loss": result.loss, "gradient_norm": result.gradient_norm}
+            with (self.output / BAD_STEPS_FILE).open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({**row, "samples": [sample.id for sample in samples]}) + "\n")
+
+    def _evaluate(self, monitor: Monitor) -> None:
+        scalars = self.validation.measure(self.hypernetwork)
+        monitor.record(scalars)
+        losses = [value for name, value in scalars.items() if name.endswith("/loss")]
+        loss = sum(losses) / len(losses)
+        if self.best is None or loss < self.best:
+            self.best = loss
+            weights = whole_weights(self.hypernetwork)
+            if self.ranks.first:
+                before = list(self.output.glob("best-*"))
+                directory = self.output / f"best-{self.step:06d}"
+                with written_beside(directory) as folder:
+                    save_hypernetwork(folder, weights, self.info)
+                for old in before:
+                    if old != directory:
+                        shutil.rmtree(old)
 
     def _save(self, monitor: Monitor) -> None:
+        rng = self.ranks.gather(rng_state())
+        weights = whole_weights(self.hypernetwork)
+        optimizer = whole_optimizer(self.hypernetwork, self.optimizer)
         if self.ranks.first:
             directory = self.output / f"step-{self.step:06d}"
-            position = Position(self.step, self.stream.epoch, self.stream.offset)
-            save_state(directory, self.hypernetwork, self.info, optimizer=self.optimizer, position=position, terms=self._terms())
+            state = RunState(
+                step=self.step,
+                epoch=self.stream.epoch,
+                offset=self.stream.offset,
+                optimizer=optimizer,
+                guard=self.guard.state(),
+                tally=plain(self.stream.samples.tally),
+                best=self.best,
+                samples=len(self.stream.samples),
+                data=self.fingerprint,
+                rng=rng,
+            )
+            save_state(directory, weights, self.info, state=state, run=run_record(self.config))
             prune(self.output, keep=self.stage.keep)
             monitor.say(f"saved {directory}")
         self.ranks.wait()
 
-    def _restore(self, directory: Path) -> None:
-        position = restore_state(directory, optimizer=self.optimizer, terms=self._terms())
-        self.step, self.stream.epoch, self.stream.offset = position.step, position.epoch, position.offset
-
-    def _terms(self) -> dict[str, str | int]:
-        """What must be the same when this run is resumed, or it would be another run."""
-        samples = len(self.stream.samples)
-        return {
-            "stage": self.stage.name,
-            "seed": self.config.seed,
-            "batch_size": self.stage.batch_size,
-            "steps": self.total,
-            "samples": samples,
-        }
+    def _restore(self, directory: Path) -> list[str]:
+        """Go on where a step directory stands; what differs from the run that wrote it is returned, to be said."""
+        state = load_state(directory)
+        record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
+        free, binding = differences(record["config"], run_record(self.config)["config"])
+        if (state.samples, state.data) != (len(self.stream.samples), self.fingerprint):
+            now = f"{len(self.stream.samples):,} (fingerprint {self.fingerprint})"
+            binding.append(f"the training samples: {state.samples:,} (fingerprint {state.data}) -> {now}")
+        if binding and not self.config.allow_changes:
+            raise ValueError(
+                f"resume: {directory} belongs to a run with another configuration:\n  " + "\n  ".join(binding) + "\n"
+                "set these as they were, or allow_changes=true to go on with a run that nothing else reproduces"
+            )
+        restore_optimizer(self.hypernetwork, self.optimizer, dict(state.optimizer))
+        self.step, self.best = state.step, state.best
+        self.stream.epoch, self.stream.offset = state.epoch, state.offset % len(self.stream.samples)
+        self.stream.samples.tally = CutTally(**{**state.tally, "skipped": Counter(state.tally["skipped"])})
+        self.guard = Guard(self.stage, **state.guard)
+        if self.ranks.rank < len(state.rng):
+            restore_rng(state.rng[self.ranks.rank])
+        found = versions()
+        changed = [f"{name}: {old} -> {found.get(name)}" for name, old in record["versions"].items() if old != found.get(name)]
+        if len(state.rng) != self.ranks.size:
+            changed.append(f"ranks: {len(state.rng)} -> {self.ranks.size}")
+        return [f"goes on after step {self.step:,} of {directory}", *(f"changed: {line}" for line in binding + free + changed)]
 
     def _finish(self) -> Path:
         directory = self.output / FINAL
+        weights = whole_weights(self.hypernetwork)
         if self.ranks.first:
             with written_beside(directory) as folder:
-                save_hypernetwork(folder, self.hypernetwork, self.info)
+                save_hypernetwork(folder, weights, self.info)
         self.ranks.wait()
         return directory
-
-
-def starting_point(config: TrainConfig) -> Path | None:
-    """The directory whose weights a run starts from: where it resumes, else the checkpoint it names, else none.
-
-    Raises:
-        ValueError: a QA stage with neither, or a fresh run into a folder that holds another.
-    """
-    output = Path(config.output).expanduser()
-    if config.resume is not None:
-        return find_resume(config.resume, output)
-    if any((output / name).exists() for name in (FINAL, METRICS_FILE)):
-        raise ValueError(f"output={output} holds another run: choose another folder, go on with resume=latest, or delete it")
-    if config.checkpoint is not None:
-        return find_checkpoint(config.checkpoint)
-    if config.stage.name != "pretrain" and not config.from_scratch:
-        raise ValueError(
-            f"checkpoint: missing; stage {config.stage.name} starts from the stage before it, set checkpoint=<its output folder> "
-            "(or from_scratch=true to start from random weights)"
-        )
-    return None
-
-
-def start_hypernetwork(config: TrainConfig, backbone: Backbone, *, start: Path | None) -> tuple[Hypernetwork, tuple[str, ...]]:
-    """The hypernetwork in ``start`` (see `starting_point`) and the stages behind it; a random one only where that is none."""
-    torch.manual_seed(config.seed)
-    if start is None:
-        return Hypernetwork(config.hypernetwork, backbone).to(backbone.device), ()
-    info = read_info(start)
-    hypernetwork = load_hypernetwork(start, backbone, config=config.hypernetwork, trained_on=config.backbone)
-    stages = info.stages if info is not None else ("released",)
-    return hypernetwork, stages[:-1] if config.resume is not None else stages
 
 
 def describe(hypernetwork: Hypernetwork, backbone: Backbone, *, samples: int, steps: int) -> str:

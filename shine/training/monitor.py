@@ -85,8 +85,11 @@ class Monitor:
 
 
 def _continued(file: Path, start: int) -> Path:
-    """The file without the lines of steps that a resumed run is about to do again."""
-    if start and file.exists():
+    """The file without the lines of steps that are about to be done (again), and without one that a kill cut short."""
+    if file.exists():
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        file.write_text("".join(line for line in lines if json.loads(line)["step"] <= start), encoding="utf-8")
+        shorter = file.with_name(f".{file.name}.partial")
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        shorter.write_text("".join(kept), encoding="utf-8")
+        shorter.replace(file)
     return file

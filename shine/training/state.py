@@ -1,97 +1,167 @@
-"""What a run needs beside the hypernetwork to go on exactly where it stopped."""
+"""What a run needs beside the hypernetwork to go on exactly where it stopped, and the step directories that hold it.
+
+A step directory is written beside and renamed into place. ``manifest.json``, written last, has the size and SHA-256 of every other
+file, so that one which a network file system has not finished, or somebody has damaged, is never taken for a whole one.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from shine.checkpoint import CONFIG_FILE, CheckpointInfo, save_hypernetwork, written_beside
-from shine.hypernetwork import Hypernetwork
+from shine.checkpoint import CheckpointInfo, save_hypernetwork, written_beside
 
-STATE_FILE = "training_state.pt"
+STATE_FILE, RUN_FILE, MANIFEST_FILE = "training_state.pt", "run.json", "manifest.json"
 
 
 @dataclass(frozen=True)
-class Position:
-    """Where a run stands: optimizer steps done, and where in the data the next batch begins."""
+class RunState:
+    """Where a run stands.
 
-    step: int = 0
-    epoch: int = 0
-    offset: int = 0
+    Attributes:
+        step: optimizer steps done; the learning rate is a function of it.
+        epoch, offset: where in the data the next batch begins.
+        optimizer: its state by parameter name, see `shine.training.parallel.whole_optimizer`.
+        guard: the arguments of a `Guard` that goes on judging alike.
+        tally: the fields of the `CutTally` so far.
+        best: the lowest validation loss so far, ``None`` before the first.
+        samples, data: how many samples there are, and a fingerprint of them.
+        rng: of each rank, see `rng_state`.
+    """
+
+    step: int
+    epoch: int
+    offset: int
+    optimizer: Mapping[str, Any]
+    guard: Mapping[str, Any]
+    tally: Mapping[str, Any]
+    best: float | None
+    samples: int
+    data: str
+    rng: Sequence[Mapping[str, Any]]
 
 
 def save_state(
-    directory: Path,
-    hypernetwork: Hypernetwork,
-    info: CheckpointInfo,
-    *,
-    optimizer: torch.optim.Optimizer,
-    position: Position,
-    terms: Mapping[str, str | int],
+    directory: Path, weights: Mapping[str, Tensor], info: CheckpointInfo, *, state: RunState, run: Mapping[str, Any]
 ) -> None:
-    """Write a step directory: beside first, then renamed into place, with ``config.json`` last.
+    """Write a step directory.
 
     Args:
-        terms: what a run that resumes here must have in common with this one.
+        weights: the ``state_dict`` of the hypernetwork.
+        run: the resolved configuration and what it ran on, see `shine.training.provenance`.
     """
     with written_beside(directory) as folder:
-        state = {"optimizer": optimizer.state_dict(), "position": asdict(position), "terms": dict(terms)}
-        torch.save(state, folder / STATE_FILE)
-        save_hypernetwork(folder, hypernetwork, info)
+        torch.save({name: getattr(state, name) for name in RunState.__dataclass_fields__}, folder / STATE_FILE)
+        (folder / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        save_hypernetwork(folder, weights, info)
+        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def step_directories(output: Path) -> list[Path]:
-    """Complete step directories of a run, oldest first."""
-    found = [path for path in output.glob("step-*") if (path / CONFIG_FILE).exists() and (path / STATE_FILE).exists()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def find_resume(resume: str, output: Path) -> Path:
-    """The step directory that ``resume`` means: ``latest`` of this run, or the one it names.
+def load_state(directory: Path) -> RunState:
+    """The state in a step directory.
 
     Raises:
-        ValueError: there is none.
-    """
-    if resume == "latest":
-        directories = step_directories(output)
-        if not directories:
-            raise ValueError(f"resume=latest: {output} holds no complete step directory; start without resume, or name one")
-        return directories[-1]
-    path = Path(resume).expanduser()
-    if not (path / CONFIG_FILE).exists() or not (path / STATE_FILE).exists():
-        raise ValueError(f"resume={resume}: not a step directory ({CONFIG_FILE} and {STATE_FILE} must be in it)")
-    return path
-
-
-def restore_state(directory: Path, *, optimizer: torch.optim.Optimizer, terms: Mapping[str, str | int]) -> Position:
-    """Put a step directory's optimizer state in place and return where it stood.
-
-    Raises:
-        ValueError: the state file is damaged, or was written by a run on other terms; the message names each.
+        ValueError: the file cannot be read, or is of another version of SHINE.
     """
     file = directory / STATE_FILE
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        return RunState(**torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # damaged files make the unpickler raise nearly anything
         raise ValueError(f"{file}: damaged ({type(error).__name__}); resume from an earlier step directory") from None
-    odd = [
-        f"{name} is {value!r} now and was {state['terms'].get(name)!r}"
-        for name, value in terms.items()
-        if state["terms"].get(name) != value
-    ]
-    if odd:
-        raise ValueError(
-            f"resume: {directory} belongs to another run ({'; '.join(odd)}); set them as they were, or start a new run"
-        )
-    optimizer.load_state_dict(state["optimizer"])
-    return Position(**state["position"])
+
+
+def damage(directory: Path) -> str | None:
+    """What is wrong with a step directory; ``None`` when every file is whole."""
+    try:
+        manifest = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
+        for name, expected in manifest.items():
+            file = directory / name
+            if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+                return f"{name} is not as it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{MANIFEST_FILE} cannot be read ({type(error).__name__})"
+    return None
+
+
+def step_directories(output: Path) -> list[Path]:
+    """The step directories of a run, oldest first; whether they are whole is another question, see `damage`."""
+    found = [path for path in output.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def newest_whole(output: Path, *, say: Callable[[str], None]) -> Path | None:
+    """The newest step directory that is whole; those passed over are said."""
+    for directory in reversed(step_directories(output)):
+        problem = damage(directory)
+        if problem is None:
+            return directory
+        say(f"passed over {directory}: {problem}")
+    return None
+
+
+def find_resume(resume: str, output: Path, *, say: Callable[[str], None]) -> Path | None:
+    """The step directory that ``resume`` means.
+
+    Args:
+        resume: ``latest`` for the newest whole one of this run, ``auto`` for the same or, where there is none, ``None``: a
+            fresh start; anything else names one.
+
+    Raises:
+        ValueError: there is none, or the one that was named is not whole.
+    """
+    if resume in ("latest", "auto"):
+        directory = newest_whole(output, say=say)
+        if directory is None and resume == "latest":
+            raise ValueError(f"resume=latest: {output} holds no whole step directory; start without resume, or name one")
+        return directory
+    path = Path(resume).expanduser()
+    problem = damage(path)
+    if problem is not None:
+        raise ValueError(f"resume={resume}: not a whole step directory ({problem}); name another, or resume=latest")
+    return path
 
 
 def prune(output: Path, *, keep: int) -> None:
-    """Delete all but the newest ``keep`` step directories."""
+    """Delete all but the newest ``keep`` step directories, each out of sight first: a kill leaves no half-deleted one behind."""
     for directory in step_directories(output)[:-keep]:
-        shutil.rmtree(directory)
+        shutil.rmtree(directory.rename(directory.with_name(f".{directory.name}.deleted")))
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of this process's random number generators, as plain containers and tensors."""
+    version, internal, gauss = random.getstate()
+    state: dict[str, Any] = {"python": [version, list(internal), gauss], "torch": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng(state: Mapping[str, Any]) -> None:
+    """Put the generators where `rng_state` found them."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass as containers that a state file may hold."""
+    return dict(json.loads(json.dumps(asdict(value))))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

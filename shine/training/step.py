@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from shine.backbone import Backbone
 from shine.data.batching import Batch, chunks, collate
 from shine.data.samples import Sample
 from shine.training.distributed import Ranks
+from shine.training.guard import Guard
+from shine.training.parallel import accumulating, whole
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,15 @@ class StepResult:
 
     Attributes:
         loss: mean loss a label.
-        gradient_norm: before clipping; not finite when the step was skipped.
+        gradient_norm: before clipping.
         tokens: context and conversation tokens, padding not counted.
-        skipped: the gradient was not finite, so no parameter changed.
+        skipped: why no parameter changed; ``None`` when the step was taken.
     """
 
     loss: float
     gradient_norm: float
     tokens: int
-    skipped: bool
+    skipped: str | None
 
 
 def label_losses(hypernetwork: nn.Module, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -51,6 +51,7 @@ def training_step(
     clip: float,
     pad_id: int,
     ranks: Ranks,
+    guard: Guard,
 ) -> StepResult:
     """One optimizer step on a global batch, of which this rank computes its share.
 
@@ -58,24 +59,26 @@ def training_step(
     the sum over all labels of all ranks and micro-batches divided by that number, however they are spread.
 
     Args:
-        hypernetwork: itself, or wrapped in DDP.
+        hypernetwork: itself, or what `shine.training.parallel.synchronised` made of it.
         samples: the global batch; its size is a multiple of ``ranks.size * micro_batch_size``.
+        guard: says whether the step is taken.
     """
     labels = sum(sample.label_count for sample in samples)
     micro_batches = chunks(samples[ranks.rank :: ranks.size], micro_batch_size)
-    loss_sum = torch.zeros((), device=backbone.device)
+    loss_sum = torch.zeros((), dtype=torch.promote_types(torch.float32, backbone.dtype), device=backbone.device)
     optimizer.zero_grad(set_to_none=True)
     for index, micro_batch in enumerate(micro_batches):
         batch = collate(micro_batch, pad_id=pad_id).to(backbone.device)
         last = index + 1 == len(micro_batches)
-        with nullcontext() if last or not isinstance(hypernetwork, DistributedDataParallel) else hypernetwork.no_sync():
+        with accumulating(hypernetwork, last=last):
             losses, _ = label_losses(hypernetwork, backbone, batch)
-            # DDP takes the mean over ranks, the loss is a sum over them.
+            # The engines take the mean over ranks, the loss is a sum over them.
             (losses.sum() * (ranks.size / labels)).backward()
         loss_sum += losses.detach().sum()
-    norm = nn.utils.clip_grad_norm_(hypernetwork.parameters(), clip)
-    # The norm is of the reduced gradient, equal on every rank: all of them take the same branch.
-    skipped = not bool(norm.isfinite())
-    if not skipped:
+    norm = float(whole(nn.utils.clip_grad_norm_(hypernetwork.parameters(), clip)))
+    loss = float(ranks.sum(loss_sum)) / labels
+    # Loss and norm are global, equal on every rank: all of them take the same branch.
+    skipped = guard.verdict(loss, norm)
+    if skipped is None:
         optimizer.step()
-    return StepResult(float(ranks.sum(loss_sum)) / labels, float(norm), sum(sample.tokens for sample in samples), skipped)
+    return StepResult(loss, norm, sum(sample.tokens for sample in samples), skipped)

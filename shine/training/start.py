@@ -1,0 +1,60 @@
+"""Where a run begins: at random, from the stage before it, or where it was stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shine.backbone import Backbone
+from shine.checkpoint import find_checkpoint, load_hypernetwork, read_info
+from shine.config import TrainConfig
+from shine.hypernetwork import Hypernetwork
+from shine.training.monitor import METRICS_FILE
+from shine.training.state import find_resume
+
+FINAL = "final"
+
+
+@dataclass(frozen=True)
+class Start:
+    """The directory whose weights a run starts from, ``None`` for random ones, and whether it goes on with the run in there."""
+
+    directory: Path | None = None
+    resumed: bool = False
+
+
+def starting_point(config: TrainConfig, *, say: Callable[[str], None]) -> Start:
+    """Where a run begins: where it resumes, else the checkpoint it names, else at random.
+
+    Raises:
+        ValueError: a QA stage with neither, or a fresh run into a folder that holds another.
+    """
+    output = Path(config.output).expanduser()
+    if config.resume is not None:
+        found = find_resume(config.resume, output, say=say)
+        if found is not None:
+            return Start(found, resumed=True)
+    elif any((output / name).exists() for name in (FINAL, METRICS_FILE)):
+        raise ValueError(f"output={output} holds another run: choose another folder, go on with resume=latest, or delete it")
+    if config.checkpoint is not None:
+        return Start(find_checkpoint(config.checkpoint))
+    if config.stage.name != "pretrain" and not config.from_scratch:
+        raise ValueError(
+            f"checkpoint: missing; stage {config.stage.name} starts from the stage before it, set checkpoint=<its output folder> "
+            "(or from_scratch=true to start from random weights)"
+        )
+    return Start()
+
+
+def start_hypernetwork(config: TrainConfig, backbone: Backbone, *, start: Start) -> tuple[Hypernetwork, tuple[str, ...]]:
+    """The hypernetwork in ``start`` (see `starting_point`) and the stages behind it; a random one only where that is none."""
+    torch.manual_seed(config.seed)
+    if start.directory is None:
+        return Hypernetwork(config.hypernetwork, backbone).to(backbone.device), ()
+    info = read_info(start.directory)
+    hypernetwork = load_hypernetwork(start.directory, backbone, config=config.hypernetwork, trained_on=config.backbone)
+    stages = info.stages if info is not None else ("released",)
+    return hypernetwork, stages[:-1] if start.resumed else stages

@@ -1,0 +1,56 @@
+"""Stopping on request: a signal lets the step finish, and the run saves before it ends."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""A scheduler's end, the keyboard, and what SLURM sends ahead of pre-emption (``--signal=USR1@120``)."""
+
+
+class StoppedError(Exception):
+    """A run that was asked to stop has saved what it needs to go on.
+
+    Attributes:
+        signal_number: what asked.
+    """
+
+    def __init__(self, message: str, *, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class StopRequest:
+    """Whether this process was asked to stop, and by which signal."""
+
+    signal_number: int = 0
+    _since: float = 0.0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal. A second Ctrl-C interrupts at once, for whoever does not want to wait.
+
+        Other signals do not: a scheduler and the launcher below it often send the same one each.
+        """
+        if number == signal.SIGINT and self.signal_number and time.monotonic() - self._since > 1:
+            raise KeyboardInterrupt
+        self.signal_number = number
+        self._since = time.monotonic()
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Catch the signals inside the block; outside the main thread, where Python cannot, no request ever comes."""
+    request = StopRequest()
+    try:
+        before = {number: signal.signal(number, request) for number in SIGNALS}
+    except ValueError:
+        before = {}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,111 @@
+"""Training in processes of its own: several gloo ranks, or one that can be killed."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import socket
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from test_training import train_config
+from torch import Tensor, nn
+
+from shine.training import step
+from shine.training.loop import train
+
+# Forked from a server that has imported everything once, a process starts in a fraction of a second.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["processes"])
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong on rank 1: ``where``, in its ``call``-th micro-batch."""
+
+    where: Literal["loss", "gradient", "weight", "death"]
+    call: int
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls, real = itertools.count(1), step.label_losses
+
+        def label_losses(hypernetwork: nn.Module, *args: Any) -> tuple[Tensor, Tensor]:
+            losses, right = real(hypernetwork, *args)
+            if next(calls) != self.call:
+                return losses, right
+            parameter = next(hypernetwork.parameters())
+            if self.where == "loss":
+                losses = losses * float("nan")
+            elif self.where == "gradient":
+                handle = parameter.register_hook(lambda gradient: [handle.remove(), gradient * float("nan")][1])
+            elif self.where == "weight":
+                parameter.data.view(-1)[3] += 1e-3
+            else:
+                raise MemoryError("rank 1 has run out of memory")
+            return losses, right
+
+        monkeypatch.setattr(step, "label_losses", label_losses)
+
+
+def run_rank(
+    rank: int, size: int, port: int, folder: str, output: str, fault: Fault | None, own_seeds: bool, changes: dict[str, Any]
+) -> None:
+    """The body of one rank's process."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if rank == 1 and fault is not None:
+            fault.install(monkeypatch)
+        if own_seeds:
+            seed = torch.manual_seed
+            monkeypatch.setattr(torch, "manual_seed", lambda value: seed(value + 1000 * rank))
+        try:
+            train(train_config(folder, Path(output), **changes))
+        except BaseException:
+            error_file(Path(output), rank).write_text(traceback.format_exc(), encoding="utf-8")
+            raise
+
+
+def error_file(output: Path, rank: int) -> Path:
+    """Where a rank that fails leaves its traceback: what a forked process prints is not captured."""
+    return output.with_name(f"{output.name}-rank-{rank}.err")
+
+
+def run_ranks(
+    size: int, folder: str, output: Path, *, fault: Fault | None = None, own_seeds: bool = False, **changes: Any
+) -> list[int | None]:
+    """Train with ``size`` processes and return their exit codes.
+
+    Args:
+        own_seeds: every rank draws other random weights than the configuration's seed says.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        CONTEXT.Process(target=run_rank, args=(rank, size, port, folder, str(output), fault, own_seeds, changes))
+        for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=120)
+    return [process.exitcode for process in ranks]
+
+
+def train_in_process(folder: str, output: Path, **changes: Any) -> multiprocessing.process.BaseProcess:
+    """Start a training run of one rank on one thread, as `train_config` describes it."""
+    process = CONTEXT.Process(target=_train, args=(folder, str(output), changes))
+    process.start()
+    return process
+
+
+def _train(folder: str, output: str, changes: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    train(train_config(folder, Path(output), **changes))

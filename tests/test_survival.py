@@ -1,0 +1,260 @@
+"""A run that is killed, asked to stop, or damaged goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import train_in_process
+from test_training import losses_of, stage_config, train_config
+
+from shine.checkpoint import WEIGHTS_FILE
+from shine.config import DataConfig, SourceConfig
+from shine.training.guard import NOT_FINITE, SPIKE, Guard
+from shine.training.loop import train
+from shine.training.monitor import METRICS_FILE
+from shine.training.provenance import differences
+from shine.training.state import damage, load_state, newest_whole, step_directories
+from shine.training.stop import StoppedError, stop_requests
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_again_and_again_is_the_run_that_was_not(kills: int, tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """SIGKILL at random moments, every second time while a step directory is being written; each process resumes by itself."""
+    rng = random.Random(kills)
+    stage = stage_config(steps=30 * kills, save_every=3, evaluate_every=10, evaluation_batches=1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = train_in_process(tiny_backbone_folder, whole, stage=stage)
+    process.join()
+    assert process.exitcode == 0
+
+    done = 0
+    while done < kills:
+        process = train_in_process(tiny_backbone_folder, killed, stage=stage, resume="auto")
+        wait_for_progress(killed, process)
+        if done % 2:
+            wait_for_a_directory_being_written(killed, process)
+        else:
+            time.sleep(rng.uniform(0, 0.5))
+        assert process.is_alive(), "the run was over before it could be killed: give it more steps"
+        process.kill()
+        process.join()
+        done += 1
+        assert [damage(directory) for directory in step_directories(killed)] == [None] * len(step_directories(killed))
+    process = train_in_process(tiny_backbone_folder, killed, stage=stage, resume="auto")
+    process.join()
+    assert process.exitcode == 0
+    assert measured(killed) == measured(whole)
+    assert (killed / "final" / WEIGHTS_FILE).read_bytes() == (whole / "final" / WEIGHTS_FILE).read_bytes()
+    assert [best.name for best in killed.glob("best-*")] == [best.name for best in whole.glob("best-*")]
+
+
+def measured(output: Path) -> list[dict[str, float]]:
+    """Every scalar of a run but its speed."""
+    rows = [json.loads(line) for line in (output / METRICS_FILE).read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+
+
+def wait_for_progress(output: Path, process: Any) -> None:
+    """Until this process has done a step: the metrics file is newer than the process."""
+    file, started = output / METRICS_FILE, time.time()
+    while process.is_alive() and (not file.exists() or file.stat().st_mtime < started or not file.stat().st_size):
+        time.sleep(0.002)
+
+
+def wait_for_a_directory_being_written(output: Path, process: Any) -> None:
+    while process.is_alive() and not list(output.glob(".step-*.partial")):
+        time.sleep(0.0002)
+
+
+def test_sigterm_saves_and_stops_and_the_door_says_so(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    command = [sys.executable, "train.py", "experiment=cpu_world", "stage=mqa", "from_scratch=true", "stage.batch_size=2"]
+    command += ["stage.micro_batch_size=2", "stage.log_every=1", "stage.steps=100000", "data.train.worlds.options.count=100"]
+    command += [f"backbone.path={tiny_backbone_folder}", f"output={tmp_path}", "stage.evaluate_every=0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment) as run:
+        while run.poll() is None and (not (tmp_path / METRICS_FILE).exists() or not (tmp_path / METRICS_FILE).stat().st_size):
+            time.sleep(0.02)
+        run.send_signal(signal.SIGTERM)
+        errors = run.communicate(timeout=60)[1]
+    assert run.returncode == 128 + signal.SIGTERM, errors
+    directory = newest_whole(tmp_path, say=print)
+    assert directory is not None
+    step = load_state(directory).step
+    assert f"SIGTERM: saved after step {step:,} and stopped; resume=latest goes on" in errors
+    assert len(losses_of(tmp_path)) == step
+
+
+@contextmanager
+def asked_to_stop(monkeypatch: pytest.MonkeyPatch, *, number: int, after: int) -> Iterator[None]:
+    """This process gets the signal after so many optimizer steps."""
+    from shine.training import loop
+
+    real, calls = loop.training_step, [0]
+
+    def training_step(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == after:
+            os.kill(os.getpid(), number)
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "training_step", training_step)
+        yield
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_lets_the_step_finish(
+    number: signal.Signals, tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = stage_config(steps=8)
+    train(train_config(tiny_backbone_folder, tmp_path / "whole", stage=stage))
+    handler = signal.getsignal(number)
+    with (
+        asked_to_stop(monkeypatch, number=number, after=5),
+        pytest.raises(StoppedError, match=f"{number.name}: saved after step 5"),
+    ):
+        train(train_config(tiny_backbone_folder, tmp_path / "stopped", stage=stage))
+    assert signal.getsignal(number) == handler
+    train(train_config(tiny_backbone_folder, tmp_path / "stopped", stage=stage, resume="latest"))
+    assert losses_of(tmp_path / "stopped") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-6)
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    with stop_requests() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.signal_number == signal.SIGINT
+        request._since -= 2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("hypernetwork.safetensors", b"", "hypernetwork.safetensors is not as it was written"),
+        ("training_state.pt", b"x" * 100, "training_state.pt is not as it was written"),
+        ("config.json", None, "config.json is missing"),
+        ("manifest.json", None, "manifest.json is missing"),
+        ("manifest.json", b"{", "manifest.json cannot be read"),
+        ("manifest.json", b"[]", "manifest.json cannot be read"),
+    ],
+)
+def test_a_damaged_step_directory_is_passed_over(
+    name: str, content: bytes | None, reason: str, tiny_backbone_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = stage_config(steps=7, save_every=3)
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage))
+    broken = tmp_path / "step-000006" / name
+    broken.unlink()
+    if content is not None:
+        broken.write_bytes(content)
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage, resume="latest"))
+    said = capsys.readouterr()
+    assert f"passed over {tmp_path / 'step-000006'}: {reason}" in said.out
+    assert "goes on after step 3" in said.out + said.err
+    with pytest.raises(ValueError, match="not a whole step directory"):
+        train(train_config(tiny_backbone_folder, tmp_path, stage=stage, resume=str(broken.parent.with_name("step-000009"))))
+
+
+def test_a_changed_configuration_is_named_and_refused_unless_told(
+    tiny_backbone_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = stage_config(steps=4, save_every=2)
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage))
+    (tmp_path / "final" / "config.json").unlink()
+    other = {"stage": replace(stage, learning_rate=1e-3, log_every=2), "resume": "latest"}
+    with pytest.raises(ValueError, match=r"stage\.learning_rate: 0\.005 -> 0\.001\n.*allow_changes=true"):
+        train(train_config(tiny_backbone_folder, tmp_path, **other))
+    train(train_config(tiny_backbone_folder, tmp_path, **other, allow_changes=True))
+    said = capsys.readouterr()
+    assert "changed: stage.learning_rate: 0.005 -> 0.001" in said.out + said.err
+    assert "changed: stage.log_every: 1 -> 2" in said.out + said.err
+
+
+def test_other_training_data_is_refused_wherever_it_lies(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """The same rows in another folder are the same data; other rows in the same folder are not."""
+    row = {"context": "Abro lives in Arlow.", "turns": [{"question": "Where?", "answers": ["Arlow"]}]}
+
+    def run(file: Path, **changes: Any) -> None:
+        source = SourceConfig(kind="jsonl", path=str(file))
+        data = DataConfig(train={"mine": source})
+        train(train_config(tiny_backbone_folder, tmp_path / "run", stage=stage_config(steps=4, save_every=2), data=data, **changes))
+
+    first, moved = tmp_path / "first.jsonl", tmp_path / "moved.jsonl"
+    for file in (first, moved):
+        file.write_text((json.dumps(row) + "\n") * 4)
+    run(first)
+    run(moved, resume="latest")
+    moved.write_text((json.dumps(row).replace("Arlow", "Bexley") + "\n") * 4)
+    with pytest.raises(ValueError, match=r"the training samples: 4 \(fingerprint .*\) -> 4 \(fingerprint"):
+        run(moved, resume="latest")
+
+
+def test_differences_are_sorted_into_free_and_binding() -> None:
+    before = {"output": "a", "stage": {"steps": 3, "keep": 2}, "data": {"train": {"x": {"path": "a", "limit": None}}}, "gone": 1}
+    now = {"output": "b", "stage": {"steps": 4, "keep": 9}, "data": {"train": {"x": {"path": "b", "limit": 5}}}}
+    free, binding = differences(before, now)
+    assert free == ["data.train.x.path: 'a' -> 'b'", "output: 'a' -> 'b'", "stage.keep: 2 -> 9"]
+    assert binding == ["data.train.x.limit: None -> 5", "gone: 1 -> None", "stage.steps: 3 -> 4"]
+
+
+def test_auto_starts_where_there_is_nothing_to_resume(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    stage = stage_config(steps=2)
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage, resume="auto"))
+    first = losses_of(tmp_path)
+    with (tmp_path / METRICS_FILE).open("a") as lines:
+        lines.write('{"step": 9, "lo')
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage, resume="auto"))
+    assert losses_of(tmp_path) == pytest.approx(first)
+
+
+def test_the_best_checkpoint_stays(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    stage = stage_config(steps=8, evaluate_every=2, save_every=2, keep=1, learning_rate=1e-2, warmup_steps=0)
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage))
+    losses = {row["step"]: row["validation/answers/loss"] for row in measured(tmp_path) if "validation/answers/loss" in row}
+    best = min(losses, key=lambda step: losses[step])
+    assert [path.name for path in tmp_path.glob("best-*")] == [f"best-{best:06d}"]
+    assert [path.name for path in step_directories(tmp_path)] == ["step-000006"]
+    assert load_state(tmp_path / "step-000006").best == min(loss for step, loss in losses.items() if step <= 6)
+
+
+def test_a_guard_skips_what_is_not_finite_and_what_is_a_spike() -> None:
+    guard = Guard(stage_config(spike_factor=3.0, spike_window=4, most_skipped=3))
+    assert [guard.verdict(1.0, norm) for norm in (1.0, 50.0, 1.2, 0.8)] == [None] * 4, "no spike before the window is full"
+    assert guard.verdict(1.0, 3.4) == SPIKE
+    assert guard.verdict(float("nan"), 1.0) == NOT_FINITE
+    guard.check(learning_rate=1e-3)
+    assert guard.verdict(1.0, float("inf")) == NOT_FINITE
+    with pytest.raises(ValueError, match=r"3 steps in a row .*learning rate 0\.001, warm-up 3 steps.*larger stage\.warmup_steps"):
+        guard.check(learning_rate=1e-3)
+    again = Guard(guard.stage, **guard.state())
+    assert (again.verdict(1.0, 1.0), again.skipped, again.in_a_row) == (None, 3, 0)
+    assert list(again.norms) == [50.0, 1.2, 0.8, 1.0]
+
+
+def test_a_run_of_bad_numbers_ends_with_advice(tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shine.training import step
+
+    real = step.label_losses
+    monkeypatch.setattr(step, "label_losses", lambda *args: (real(*args)[0] * float("inf"), torch.zeros(())))
+    with pytest.raises(ValueError, match="4 steps in a row"):
+        train(train_config(tiny_backbone_folder, tmp_path, stage=stage_config(most_skipped=4)))
+    rows = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(len(row["samples"]) == 4 and row["reason"] == NOT_FINITE for row in rows)
