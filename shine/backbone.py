@@ -64,6 +64,7 @@ class Backbone:
             )
         self._layers = cast(nn.ModuleList, model.base_model.layers)
         self.linear_shapes = self._hook_linears(tuple(targets))
+        self._check_logits()
         for layer in self._layers:
             layer.forward = functools.partial(self._layer_forward, layer.forward)
 
@@ -179,16 +180,36 @@ class Backbone:
             )
         return tokens[:, input_ids.shape[1] :]
 
+    @torch.no_grad()
+    def _check_logits(self) -> None:
+        """Make sure that the output embedding alone gives the logits, since only those of labels are ever computed."""
+        if self.device.type == "meta":
+            return
+        probe = torch.arange(2, device=self.device)[None]
+        own = self.model(input_ids=probe, use_cache=False).logits
+        if not torch.allclose(own, self.logits(self.hidden(probe, None, lora=None)).to(own.dtype), rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"{type(self.model).__name__} scales or caps its logits after the output embedding, which SHINE does not: choose "
+                "a backbone that does not either (Qwen3, Qwen2.5, Llama-shaped)"
+            )
+
     def _hook_linears(self, targets: tuple[str, ...]) -> tuple[tuple[LinearShape, ...], ...]:
         prefixes = {id(module): path for path, module in self.model.named_modules()}
         shapes = []
         for layer in self._layers:
-            linears = {path.rsplit(".", 1)[-1]: module for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+            paths = [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
+            linears = {path.rsplit(".", 1)[-1]: cast(nn.Linear, layer.get_submodule(path)) for path in paths}
             missing = [name for name in targets if name not in linears]
             if missing:
                 raise ValueError(
                     f"{prefixes[id(layer)]} of {type(self.model).__name__} has no linear called {', '.join(missing)}: "
                     f"set hypernetwork.targets to some of {', '.join(linears)}"
+                )
+            several = [name for name in targets if sum(path.rsplit(".", 1)[-1] == name for path in paths) > 1]
+            if several:
+                raise ValueError(
+                    f"{prefixes[id(layer)]} of {type(self.model).__name__} has more than one linear called {', '.join(several)} "
+                    "(experts?): SHINE needs one of each; set hypernetwork.targets to others"
                 )
             for name in targets:
                 linears[name].register_forward_hook(functools.partial(self._add_update, prefixes[id(linears[name])]))

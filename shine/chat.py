@@ -66,11 +66,22 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, task_tokens: TaskToken
                 f"{name!r} is a piece of words to this tokenizer: set backbone.task_tokens to special tokens, or new ones"
             )
     tokenizer.add_tokens(missing, special_tokens=True)
+    if len(tokenizer) > embedding_rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer):,} tokens and the model's embedding {embedding_rows:,} rows: they do not belong "
+            "together, fetch both from the same place"
+        )
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of ``text`` with nothing added around it."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def token_starts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Where in ``text`` each of its tokens begins, in characters."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return [start for start, _ in encoded["offset_mapping"]]
 
 
 def encode_conversation(

@@ -68,7 +68,9 @@ def find_checkpoint(path: str | Path) -> Path:
     children = [child for child in path.iterdir() if not child.name.startswith(".")]
     inside = sorted((child for child in children if (child / CONFIG_FILE).exists() or is_released(child)), key=_age)
     if not inside:
-        raise ValueError(f"{path}: holds neither {CONFIG_FILE} nor {', '.join(RELEASED_FILES)}, nor a folder that does")
+        below = sorted({file.parent.parent for name in (CONFIG_FILE, RELEASED_FILES[0]) for file in path.glob(f"*/*/{name}")})
+        more = f"; name one of {', '.join(map(str, below))}" if below else ""
+        raise ValueError(f"{path}: holds neither {CONFIG_FILE} nor {', '.join(RELEASED_FILES)}, nor a folder that does{more}")
     return inside[-1]
 
 
@@ -112,6 +114,18 @@ def effective_config(path: str | Path | None, config: HypernetworkConfig) -> Hyp
     return info.hypernetwork if info is not None else config
 
 
+def introduce(directory: Path, config: HypernetworkConfig) -> list[str]:
+    """What a reader should know of the checkpoint that was found, beside what is ``config``-ured: lines to print."""
+    info = read_info(directory)
+    stages = "released" if info is None else ", ".join(info.stages) or "no stage recorded"
+    lines = [f"hypernetwork: {directory} (stages: {stages})"]
+    if (directory / "training_state.pt").exists():
+        lines.append(f"this is a step of an unfinished run, not its end: {directory}")
+    if info is not None and info.hypernetwork != config:
+        lines.append(f"the hypernetwork is as it was trained, not as configured: {info.hypernetwork}")
+    return lines
+
+
 def save_hypernetwork(
     directory: Path, weights: Mapping[str, Tensor], info: CheckpointInfo, *, dtype: torch.dtype | None = None
 ) -> None:
@@ -147,17 +161,17 @@ def load_hypernetwork(
     info = read_info(directory)
     if info is None and config is None:
         raise ValueError(f"{directory}: a released checkpoint has no configuration: name the experiment it was trained with")
-    if info is not None and trained_on is not None and info.backbone.task_tokens != trained_on.task_tokens:
-        raise ValueError(
-            f"{directory} was trained with backbone.task_tokens {asdict(info.backbone.task_tokens)}, now they are "
-            f"{asdict(trained_on.task_tokens)}: set them as they were"
-        )
     hypernetwork = Hypernetwork(info.hypernetwork if info is not None else config or HypernetworkConfig(), backbone)
     tensors = read_released(directory) if info is None else _read_safetensors(directory / WEIGHTS_FILE)
-    remedy = "set the ranks and depth it was trained with"
+    remedy = "set the ranks, depth and targets it was trained with"
     if info is not None:
         remedy = f"it was trained on backbone {info.backbone.path}: set backbone=... or backbone.path=... to that model"
     _check_shapes(hypernetwork, tensors, directory, remedy=remedy)
+    if info is not None and trained_on is not None and info.backbone.task_tokens != trained_on.task_tokens:
+        raise ValueError(
+            f"{directory} was trained on backbone {info.backbone.path} with backbone.task_tokens "
+            f"{asdict(info.backbone.task_tokens)}, now they are {asdict(trained_on.task_tokens)}: set them as they were"
+        )
     hypernetwork.load_state_dict(tensors)
     return hypernetwork.to(backbone.device)
 
@@ -239,6 +253,20 @@ def _check_shapes(hypernetwork: Hypernetwork, tensors: Mapping[str, Tensor], dir
             f"{directory} does not fit this backbone with rank={config.rank}, meta_rank={config.meta_rank}, "
             f"m2p.layers={config.m2p.layers}:\n  " + "\n  ".join(problems[:6]) + more + f"\n{remedy}"
         )
+
+
+def output_folder(path: str | Path) -> Path:
+    """A folder that a run may write into, which need not be there yet; nothing is made.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    folder = Path(path).expanduser()
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        reason = "cannot be written" if there.is_dir() else "is a file"
+        raise ValueError(f"output={folder}: {there} {reason}; choose another folder")
+    return folder
 
 
 @contextmanager

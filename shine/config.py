@@ -33,6 +33,10 @@ class TaskTokens:
     complete: str = "<COMP>"
     nothing: str = "<NOTHING>"
 
+    def __post_init__(self) -> None:
+        if len({self.reconstruct, self.complete, self.nothing}) < 3:
+            raise ValueError("reconstruct, complete and nothing must be three different tokens")
+
 
 @dataclass(frozen=True, config=_STRICT)
 class BackboneConfig:
@@ -254,8 +258,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if list(self.lengths) != sorted(set(self.lengths)):
             raise ValueError(f"lengths={list(self.lengths)} must rise")
-        if not self.methods:
-            raise ValueError("methods=[]: name at least one of shine, in_context, only_question")
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"methods={list(self.methods)}: name at least one of shine, in_context, only_question, each once")
         if not self.data.test:
             raise ValueError("data.test is empty: name at least one source to score on")
 
@@ -279,6 +283,8 @@ def unknown_key(kind: type, path: str) -> str:
     known = _keys_beside(kind, tuple(parts))
     if not known:
         return f"{path}: there is no such entry; a new one is added with +{path}=..."
+    if parts[-1] in known:
+        return f"{path}: the chosen configuration files leave this key out; set it with +{path}=..."
     near = difflib.get_close_matches(parts[-1], known, n=1)
     return f"{path}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
 

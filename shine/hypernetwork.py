@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from shine.backbone import Backbone
 from shine.config import HypernetworkConfig
-from shine.lora import LoRA, LoRALayout
+from shine.lora import LinearShape, LoRA, LoRALayout
 from shine.m2p import M2PTransformer
 
 
@@ -64,8 +66,8 @@ class Hypernetwork(nn.Module):
                 f"the backbone was loaded for the targets {', '.join(hooked)}, this hypernetwork is for "
                 f"{', '.join(config.targets)}: load the backbone with the hypernetwork's targets, in its order"
             )
-        self.layout = LoRALayout(shapes, rank=config.rank, order=config.layout, scale=config.scale)
-        meta_layout = LoRALayout(shapes, rank=config.meta_rank)
+        self.layout = _layout("rank", shapes, rank=config.rank, order=config.layout, scale=config.scale)
+        meta_layout = _layout("meta_rank", shapes, rank=config.meta_rank)
         memory_tokens = self.layout.memory_tokens(hidden)
         self.memory_tokens = nn.Parameter(torch.randn(memory_tokens, hidden) * config.memory_std)
         self.meta_lora = MetaLoRA(meta_layout, std=config.meta_std)
@@ -107,6 +109,13 @@ class Hypernetwork(nn.Module):
         states = memory_states.to(self.memory_tokens.dtype)
         with torch.autocast(states.device.type, torch.bfloat16, enabled=memory_states.dtype == torch.bfloat16):
             return self.m2p(states).to(self.memory_tokens.dtype).flatten(2)
+
+
+def _layout(key: str, shapes: tuple[tuple[LinearShape, ...], ...], **values: Any) -> LoRALayout:
+    try:
+        return LoRALayout(shapes, **values)
+    except ValueError as error:
+        raise ValueError(f"hypernetwork.{key}: {error}") from None
 
 
 def default_heads(hidden_size: int) -> int:

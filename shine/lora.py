@@ -120,9 +120,14 @@ class LoRA(Mapping[str, tuple[Tensor, Tensor]]):
         return gram / (norm[:, None] * norm[None, :])
 
     def effective_rank(self) -> Tensor:
-        """Mean over samples and linears of exp(entropy of the update's normalised singular values), between 1 and r."""
+        """Mean over samples and linears of exp(entropy of the update's normalised singular values), between 1 and r.
+
+        Not a number where a value of the LoRA is none.
+        """
         ranks = []
         for a, b in self.values():
+            if not (a.isfinite().all() and b.isfinite().all()):
+                return torch.full((), math.nan, device=a.device)
             r_a = torch.linalg.qr(a.float(), mode="r").R
             r_b = torch.linalg.qr(b.float().mT, mode="r").R
             singular = torch.linalg.svdvals(r_a @ r_b.mT)

@@ -70,7 +70,7 @@ class M2PTransformer(nn.Module):
     ) -> None:
         super().__init__()
         if hidden_size % heads:
-            raise ValueError(f"m2p.heads={heads} does not divide the hidden size {hidden_size}: choose a divisor")
+            raise ValueError(f"hypernetwork.m2p.heads={heads} does not divide the hidden size {hidden_size}: choose a divisor")
         self.layer_embedding = nn.Parameter(torch.zeros(backbone_layers, hidden_size))
         self.token_embedding = nn.Parameter(torch.zeros(memory_tokens, hidden_size))
         self.layers = nn.ModuleList(

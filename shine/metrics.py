@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
@@ -41,3 +42,8 @@ def exact_prefix_ratio(prediction: Sequence[int], target: Sequence[int]) -> floa
             break
         right += 1
     return right / len(target)
+
+
+def perplexity(loss: float) -> float:
+    """``exp`` of a mean loss a token, in nats; beyond exp(50) it stays there, so that it can be written as a number."""
+    return math.exp(min(loss, 50))

@@ -311,6 +311,8 @@ def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def _load_remedy(config: BackboneConfig, path: str) -> str:
+    if config.attention != "sdpa":
+        return f"install what attention {config.attention!r} needs, or set backbone.attention=sdpa"
     if config.path in FETCHED:
         remedy = f"delete {path} and run `shine fetch {config.path}`"
     elif config.path in SHIPPED:
@@ -320,7 +322,7 @@ def _load_remedy(config: BackboneConfig, path: str) -> str:
     else:
         folder = f"models/{path.rsplit('/', 1)[-1]}"
         remedy = f"check name and network, or `hf download {path} --local-dir {folder}` and set backbone.path={folder}"
-    return remedy if config.attention == "sdpa" else f"{remedy}; or set backbone.attention=sdpa"
+    return remedy
 
 
 def _device(name: str) -> torch.device:

@@ -69,9 +69,15 @@ def tiny_hypernetwork_config(**changes: Any) -> HypernetworkConfig:
     return HypernetworkConfig(**{**values, **changes})
 
 
-def tiny_tokenizer(special: Sequence[str] = SPECIAL, *, merges: Sequence[tuple[str, str]] = ()) -> PreTrainedTokenizerFast:
-    """One token a byte, and the ChatML marks: 262 tokens; then one for each merge."""
-    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
+def tiny_tokenizer(
+    special: Sequence[str] = SPECIAL, *, merges: Sequence[tuple[str, str]] = (), alphabet: Sequence[str] | None = None
+) -> PreTrainedTokenizerFast:
+    """One token a byte, and the ChatML marks: 262 tokens; then one for each merge.
+
+    Args:
+        alphabet: the bytes that have a token, as `ByteLevel` writes them; others are dropped.
+    """
+    tokens = [*special, *sorted(alphabet or pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from test_training import stage_config, train_config
+from runs import stage_config, train_config
 
 from shine.training import loop
 

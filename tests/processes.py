@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from test_training import train_config
+from runs import train_config
 from torch import Tensor, nn
 
 from shine.training import step

@@ -13,7 +13,7 @@ import torch
 from conftest import ARCHITECTURES, VOCABULARY, tiny_hypernetwork_config, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedModel
 
 from shine.backbone import TARGETS, Backbone
 from shine.data.batching import pad_left
@@ -234,6 +234,23 @@ def test_a_target_that_no_layer_has_is_refused_with_the_linears_there_are() -> N
         Backbone(tiny_model(), targets=("q_proj", "c_attn", "w1"))
     for name in TARGETS:
         assert name in str(error.value).split("set hypernetwork.targets to some of ")[1]
+
+
+def test_a_layer_with_two_linears_of_one_name_is_refused() -> None:
+    """As a list of experts has them: adapting the last one alone would be silently something else."""
+    model = tiny_model()
+    layer = model.base_model.layers[1]
+    layer.experts = torch.nn.ModuleList([torch.nn.ModuleDict({"up_proj": torch.nn.Linear(4, 4)}) for _ in range(2)])
+    with pytest.raises(ValueError, match=r"model\.layers\.1 .* has more than one linear called up_proj .*hypernetwork\.targets"):
+        Backbone(model)
+
+
+def test_a_model_that_changes_its_logits_after_the_head_is_refused() -> None:
+    config = GraniteConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, logits_scaling=3.0
+    )
+    with pytest.raises(ValueError, match="GraniteForCausalLM scales or caps its logits"):
+        Backbone(GraniteForCausalLM(config))
 
 
 def test_a_target_that_one_layer_lacks_names_that_layer() -> None:

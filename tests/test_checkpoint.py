@@ -226,6 +226,13 @@ def test_a_directory_without_the_files_says_what_it_looked_for(tmp_path: Path, m
         find_checkpoint(directory)
 
 
+def test_a_folder_of_stages_names_them(tmp_path: Path) -> None:
+    for stage in ("pretrain/checkpoint-epoch-1", "train/checkpoint-epoch-1"):
+        released(tmp_path / "mine" / stage)
+    with pytest.raises(ValueError, match=f"name one of {tmp_path / 'mine' / 'pretrain'}, {tmp_path / 'mine' / 'train'}$"):
+        find_checkpoint(tmp_path / "mine")
+
+
 def test_missing_weights_are_named(saved: Path, backbone: Backbone) -> None:
     (saved / "hypernetwork.safetensors").unlink()
     with pytest.raises(ValueError, match=str(saved / "hypernetwork.safetensors")):

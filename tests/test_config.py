@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import FrozenInstanceError
+from collections.abc import Iterator, Mapping
+from dataclasses import FrozenInstanceError, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -14,7 +14,16 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from shine.config import EvaluationConfig, HypernetworkConfig, M2PConfig, TaskTokens, TrainConfig, parse
+from shine.config import (
+    BackboneConfig,
+    EvaluationConfig,
+    HypernetworkConfig,
+    M2PConfig,
+    TaskTokens,
+    TrainConfig,
+    parse,
+    unknown_key,
+)
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DOORS: dict[str, type[Any]] = {
@@ -26,7 +35,7 @@ DOORS: dict[str, type[Any]] = {
 STAGE_OF_TEST = {"test_pretrain": "pretrain", "test_pwc": "mqa", "test": "1qa"}
 STAGES = sorted(file.stem for file in (CONFIGS / "stage").glob("*.yaml"))
 EXPERIMENTS = sorted(file.stem for file in (CONFIGS / "experiment").glob("*.yaml"))
-RECIPES = sorted(str(file.relative_to(CONFIGS / "recipe").with_suffix("")) for file in (CONFIGS / "recipe").rglob("*.yaml"))
+RECIPES = sorted(str(file.relative_to(CONFIGS / "recipe").with_suffix("")) for file in (CONFIGS / "recipe").glob("*/*.yaml"))
 
 TRAIN: dict[str, Any] = {
     "backbone": {"path": "models/x", "task_tokens": {}},
@@ -260,12 +269,12 @@ def test_every_folder_of_configs_is_a_group_that_some_door_reads() -> None:
 
 @pytest.mark.parametrize(("door", "group", "choice"), CHOICES)
 def test_every_file_of_every_group_composes_for_every_door(door: str, group: str, choice: str) -> None:
-    config = composed(door, f"{group}={choice}")
+    config = composed(door, f"{group}={choice}", *(["backbone.path=mine"] if choice == "custom" else []))
     written = {
         key: value for key, value in yaml.safe_load((CONFIGS / group / f"{choice}.yaml").read_text()).items() if key != "defaults"
     }
     for key, value in written.items():
-        if isinstance(value, str | int | float) and "$" not in str(value):
+        if isinstance(value, str | int | float) and "$" not in str(value) and value != "???":
             assert getattr(getattr(config, group), key) == value
 
 
@@ -358,3 +367,45 @@ def test_data_paths_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     paths = [source["path"] for source in values_of("train", "stage=mqa")["data"]["train"].values()]
     assert paths
     assert all(path.startswith("/elsewhere/") for path in paths)
+
+
+def missing_keys(kind: Any, values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The fields of a configuration class that composed values leave out, down to the sources of the data."""
+    missing = []
+    for name, hint in get_type_hints(kind).items():
+        if name not in values:
+            missing.append(prefix + name)
+        elif is_dataclass(hint):
+            missing += missing_keys(hint, values[name], f"{prefix}{name}.")
+        elif get_origin(hint) is Mapping and is_dataclass(get_args(hint)[1]):
+            for entry, source in values[name].items():
+                missing += missing_keys(get_args(hint)[1], source, f"{prefix}{name}.{entry}.")
+    return missing
+
+
+@pytest.mark.parametrize("experiment", [None, *EXPERIMENTS])
+@pytest.mark.parametrize("door", sorted(DOORS))
+def test_every_key_can_be_set_on_the_command_line(door: str, experiment: str | None) -> None:
+    """Hydra takes an override only of a key that a file names: the files name all that the classes have."""
+    stages = STAGES if door == "train" else [None]
+    for stage in stages:
+        chosen = [*([f"experiment={experiment}"] if experiment else []), *([f"stage={stage}"] if stage else [])]
+        assert missing_keys(DOORS[door], values_of(door, *chosen)) == []
+
+
+@pytest.mark.parametrize("backbone", sorted(file.stem for file in (CONFIGS / "backbone").glob("*.yaml")))
+def test_every_backbone_has_every_key(backbone: str) -> None:
+    assert missing_keys(BackboneConfig, values_of("train", f"backbone={backbone}", "backbone.path=x")["backbone"]) == []
+
+
+def test_a_known_key_that_the_files_leave_out_gets_a_remedy_that_works() -> None:
+    assert unknown_key(TrainConfig, "stage.steps") == (
+        "stage.steps: the chosen configuration files leave this key out; set it with +stage.steps=..."
+    )
+
+
+def test_tokens_and_methods_that_repeat_are_refused() -> None:
+    with pytest.raises(ValueError, match="three different tokens"):
+        TaskTokens("<a>", "<a>", "<b>")
+    with pytest.raises(ValueError, match=r"methods=\['shine', 'shine'\]: .*each once"):
+        composed("test", "methods=[shine,shine]")

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from shine.cli.doors import run_door
+from shine.config import PromptConfig
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["hypernetwork.rank=2", "hypernetwork.meta_rank=4", "hypernetwork.m2p.heads=2", "experiment=cpu_world"]
 
@@ -52,7 +55,12 @@ def test_train_then_test_through_the_doors(tiny_backbone_folder: str, tmp_path: 
         ),
         ("train.py", ["+data.train.mine.kin=x"], "data.train.mine.kin: unknown key; did you mean kind?"),
         ("train.py", ["stage=mq"], "Available options in 'stage':\n\t1qa\n\tmqa"),
-        ("train.py", ["stage.steps=[1"], "error: stage.steps=[1: "),
+        ("train.py", ["stage.steps=[1"], "error: stage.steps=[1: not understood; quote it for the shell"),
+        ("train.py", ["backbone=models/none"], "there is no folder models/none: download it with"),
+        ("train.py", ["hypernetwork.meta_rank=128"], "hypernetwork.meta_rank: rank 128 does not fit"),
+        ("train.py", ["hypernetwork.m2p.heads=7"], "hypernetwork.m2p.heads=7 does not divide the hidden size"),
+        ("train.py", ["output=/dev/null"], "output=/dev/null: /dev/null is a file; choose another folder"),
+        ("test.py", ["checkpoint=cpu", "output=/dev/null/x"], "output=/dev/null/x: /dev/null is a file"),
         ("train.py", ["~stage.foo"], "'stage.foo' does not exist"),
         ("train.py", ["hypernetwork.layout=xy"], "hypernetwork.layout: should be 'rl', 'lr', 'rr' or 'll'"),
         ("train.py", ["backbone.path=models/Qwen3-8B"], "models/Qwen3-8B"),
@@ -66,3 +74,29 @@ def test_what_a_user_can_mend_is_one_message(door: str, overrides: list[str], me
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_stands_where_the_name_of_a_backbone_does(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    overrides = ["experiment=cpu_world", "backbone.device=cpu", "backbone.dtype=float32", *SMALL[:3], "stage.steps=1"]
+    overrides += ["stage.context_length=400", "stage.conversation_length=600", "stage.evaluate_every=0", "stage.batch_size=2"]
+    overrides += ["stage.micro_batch_size=2", "data.train.worlds.options.count=4", f"output={tmp_path / 'out'}"]
+    result = run("train.py", *overrides, f"backbone={tiny_backbone_folder}")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["config"]["backbone"]["path"] == tiny_backbone_folder
+
+
+def test_a_fault_of_our_own_keeps_its_traceback() -> None:
+    """Only what SHINE raises on purpose is a user's to mend; what a library raises below us is not."""
+
+    def broken(_config: PromptConfig) -> None:
+        json.loads("{")
+
+    with pytest.raises(json.JSONDecodeError):
+        run_door(PromptConfig, {"system": "x"}, broken)
+
+
+def test_a_file_the_system_refuses_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_door(PromptConfig, {"system": "x"}, lambda _config: (tmp_path / "none" / "x").write_text(""))
+    assert ended.value.code == 2
+    assert f"error: {tmp_path / 'none' / 'x'}: No such file or directory; choose another place" in capsys.readouterr().err

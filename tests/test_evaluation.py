@@ -18,6 +18,7 @@ from shine.chat import Message, encode_conversation, encode_prompt, token_ids
 from shine.checkpoint import CheckpointInfo, save_hypernetwork
 from shine.config import BackboneConfig, DataConfig, EvaluationConfig, PromptConfig, SourceConfig, StageConfig
 from shine.data.examples import Example, Turn
+from shine.data.samples import CutTally
 from shine.evaluation import pretraining, qa
 from shine.evaluation.methods import Asked, Method
 from shine.evaluation.run import PREDICTIONS_FILE, SUMMARY_FILE, evaluate, load_methods
@@ -85,13 +86,22 @@ def test_what_each_method_shows_the_backbone(methods: dict[str, Method]) -> None
 
 
 def test_shine_wears_an_adapter_and_the_baselines_get_the_prefix(
-    tiny_backbone_folder: str, checkpoint: str, tmp_path: Path
+    tiny_backbone_folder: str, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = BackboneConfig(path=tiny_backbone_folder, dtype="float32", device="cpu", baseline_prefix="<think></think>")
+    read: list[str] = []
+    generate = Backbone.generate
+
+    def spy(self: Backbone, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> torch.Tensor:
+        read.extend(method.tokenizer.batch_decode(ids))
+        return generate(self, ids, mask, **options)
+
+    monkeypatch.setattr(Backbone, "generate", spy)
     for method in load_methods(evaluation_config(tiny_backbone_folder, tmp_path, checkpoint=checkpoint, backbone=backbone)):
         method.prepare(["Ada is red."])
         assert (method.worn([Asked(0, "Who?")]) is not None) == (method.name == "shine")
-        assert method.assistant_prefix == ("" if method.name == "shine" else "<think></think>")
+        method.answer([Asked(0, "Who?")], max_new_tokens=2)
+        assert read.pop().endswith("<|im_start|>assistant\n" + ("" if method.name == "shine" else "<think></think>"))
 
 
 @pytest.mark.parametrize("conversations", [False, True], ids=["single", "turns"])
@@ -232,3 +242,74 @@ def test_bad_input_names_the_remedy(tiny_backbone_folder: str, tmp_path: Path) -
         evaluate(evaluation_config(tiny_backbone_folder, tmp_path))
     with pytest.raises(ValueError, match=r"data\.test\.mine: nothing to ask"):
         evaluate(evaluation_config(tiny_backbone_folder, tmp_path, methods=("only_question",)))
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "mqa", "1qa"])
+def test_each_stage_asks_in_its_own_way(
+    stage: Any, tiny_backbone_folder: str, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Conversations remember, single questions do not, and a text may be given back to its last token."""
+    write_examples(tmp_path / "mine.jsonl")
+    asked: list[Asked] = []
+    most: list[int] = []
+    answer_ids = Method.answer_ids
+
+    def spy(self: Method, questions: list[Asked], *, max_new_tokens: int) -> list[list[int]]:
+        asked.extend(questions)
+        most.append(max_new_tokens)
+        return answer_ids(self, questions, max_new_tokens=max_new_tokens)
+
+    monkeypatch.setattr(Method, "answer_ids", spy)
+    values = StageConfig(name=stage, context_length=200, conversation_length=64, learning_rate=1.0, warmup_steps=0)
+    evaluate(evaluation_config(tiny_backbone_folder, tmp_path, checkpoint=checkpoint, stage=values, methods=("shine",)))
+    turns = sorted(len(question.history) for question in asked)
+    assert turns == ([0, 0, 0, 1, 1, 2] if stage == "mqa" else [0] * 6)
+    if stage == "pretrain":
+        assert {question.question for question in asked} == {"<RECON>", "<COMP>"}
+        assert max(most) >= max(len(example.context.encode()) for example in EXAMPLES)
+
+
+def test_answers_that_had_not_ended_are_counted(tiny_backbone_folder: str, checkpoint: str, tmp_path: Path) -> None:
+    write_examples(tmp_path / "mine.jsonl")
+    stage = StageConfig(name="1qa", context_length=200, conversation_length=64, learning_rate=1.0, warmup_steps=0)
+    config = evaluation_config(tiny_backbone_folder, tmp_path, checkpoint=checkpoint, stage=stage, max_new_tokens=1)
+    found = evaluate(config)["sources"]["mine"]["methods"]
+    rows = [json.loads(line) for line in (tmp_path / "out" / PREDICTIONS_FILE).read_text().splitlines()]
+    for name, scores in found.items():
+        assert scores["cut"] == sum(row["cut"] for row in rows if row["method"] == name)
+    assert any(row["cut"] for row in rows), "random weights do not end an answer after one token"
+
+
+def test_a_context_is_cut_between_characters(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """Four bytes, hence four tokens a character: a limit of six leaves one whole character."""
+    tally = CutTally()
+    example = Example("x", "🙂🙃🙂", (Turn("Who?", ("Ada",)),))
+    kept = list(qa.usable_examples([example], tiny_tokenizer(), context_length=6, questions=True, tally=tally))
+    assert [found.context for found in kept] == ["🙂"]
+    assert (tally.contexts_cut, tally.context_tokens_dropped) == (1, 6)
+
+
+def test_a_second_evaluation_replaces_the_first_and_says_so(
+    tiny_backbone_folder: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_examples(tmp_path / "mine.jsonl")
+    config = evaluation_config(tiny_backbone_folder, tmp_path, checkpoint=checkpoint, methods=("only_question",))
+    evaluate(config)
+    assert "replaces" not in capsys.readouterr().out
+    evaluate(config)
+    assert f"replaces the evaluation in {tmp_path / 'out'}" in capsys.readouterr().out
+
+
+def test_the_record_holds_what_was_scored(
+    tiny_backbone_folder: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A configured rank that is not the checkpoint's is said, and the summary has the checkpoint's."""
+    write_examples(tmp_path / "mine.jsonl")
+    run = Path(checkpoint).parent
+    other = tiny_hypernetwork_config(rank=3)
+    summary = evaluate(evaluation_config(tiny_backbone_folder, tmp_path, checkpoint=str(run), hypernetwork=other))
+    assert summary["config"]["hypernetwork"]["rank"] == 2
+    assert summary["config"]["checkpoint"] == checkpoint
+    said = capsys.readouterr().out
+    assert f"hypernetwork: {checkpoint}" in said
+    assert "as it was trained, not as configured" in said

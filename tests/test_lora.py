@@ -253,6 +253,12 @@ def test_effective_rank_of_equal_rank_one_columns_is_one() -> None:
     assert LoRA({"x": (a.expand(1, 5, 3), b.expand(1, 3, 7))}).effective_rank().item() == pytest.approx(1.0, abs=1e-4)
 
 
+def test_effective_rank_of_an_update_that_is_not_finite_is_no_number() -> None:
+    a, b = torch.ones(1, 4, 2), torch.ones(1, 2, 4)
+    a[0, 1, 1] = torch.inf
+    assert LoRA({"x": (a, b)}).effective_rank().isnan()
+
+
 def test_effective_rank_is_the_mean_over_linears() -> None:
     two, one = lora_of_singular_values([1.0, 1.0])["x"], lora_of_singular_values([1.0, 0.0])["x"]
     assert LoRA({"x": two, "y": one}).effective_rank().item() == pytest.approx(1.5, abs=1e-4)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from processes import Fault, error_file, run_ranks
+from runs import losses_of, stage_config, train_config
 from safetensors.torch import load_file
-from test_training import losses_of, stage_config, train_config
 
 from shine.checkpoint import WEIGHTS_FILE
 from shine.config import BackboneConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from shine.backbone import Backbone
 from shine.chat import IGNORE
-from shine.checkpoint import load_hypernetwork
+from shine.checkpoint import load_hypernetwork, read_released
 from shine.config import HypernetworkConfig, M2PConfig
 from shine.hypernetwork import Hypernetwork
+from shine.lora import LoRALayout
 
 FIXTURE = Path(os.environ.get("SHINE_PARITY_DIR", Path(__file__).parent / "fixtures" / "tiny_qwen3"))
 CLOSE = {"atol": 2e-5, "rtol": 0.0}
@@ -128,16 +130,21 @@ def test_greedy_tokens(loaded: tuple[Backbone, Hypernetwork], expected: dict[str
     assert torch.equal(tokens, expected["greedy_tokens"])
 
 
-@pytest.mark.parametrize(
-    ("changes", "tensor", "has", "wants"),
-    [
-        ({"rank": 4}, "memory_tokens", "[32, 32]", "[64, 32]"),
-        ({"meta_rank": 8}, "meta_lora.layers.0.q_proj.A", "[1, 32, 4]", "[1, 32, 8]"),
-        ({"m2p": M2PConfig(layers=4, heads=4, feed_forward=128)}, "m2p.layers.0.up.weight", "[64, 32]", "[128, 32]"),
-    ],
-)
-def test_wrong_ranks_are_named(changes: dict[str, object], tensor: str, has: str, wants: str) -> None:
+def test_wrong_ranks_are_named() -> None:
+    """Whatever the fixture's sizes are, the message has the shape there is and the one that other values expect."""
     backbone = Backbone(AutoModelForCausalLM.from_pretrained(FIXTURE / "backbone", dtype=torch.float32))
-    with pytest.raises(ValueError, match="reference_checkpoint does not fit") as error:
-        load_hypernetwork(FIXTURE / "reference_checkpoint", backbone, config=experiment(**changes))
-    assert f"{tensor}: has shape {has}, expected {wants}" in str(error.value)
+    hidden, right, there = backbone.hidden_size, experiment(), read_released(FIXTURE / "reference_checkpoint")
+    most = min(shape.largest_rank() for layer in backbone.linear_shapes for shape in layer)
+    rank = 2 * right.rank if 2 * right.rank <= most else right.rank // 2
+    meta_rank = right.meta_rank + 1 if right.meta_rank < most else right.meta_rank - 1
+    feed_forward = there["m2p.layers.0.up.weight"].shape[0] + 2
+    a = there["meta_lora.layers.0.q_proj.A"]
+    cases: list[tuple[dict[str, object], str, list[int]]] = [
+        ({"rank": rank}, "memory_tokens", [LoRALayout(backbone.linear_shapes, rank=rank).memory_tokens(hidden), hidden]),
+        ({"meta_rank": meta_rank}, "meta_lora.layers.0.q_proj.A", [*a.shape[:2], meta_rank]),
+        ({"m2p": replace(right.m2p, feed_forward=feed_forward)}, "m2p.layers.0.up.weight", [feed_forward, hidden]),
+    ]
+    for changes, tensor, wants in cases:
+        with pytest.raises(ValueError, match="reference_checkpoint does not fit") as error:
+            load_hypernetwork(FIXTURE / "reference_checkpoint", backbone, config=experiment(**changes))
+        assert f"{tensor}: has shape {list(there[tensor].shape)}, expected {wants}" in str(error.value)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from processes import train_in_process
-from test_training import losses_of, stage_config, train_config
+from runs import losses_of, stage_config, train_config
 
 from shine.checkpoint import WEIGHTS_FILE
 from shine.config import DataConfig, SourceConfig

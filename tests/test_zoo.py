@@ -414,6 +414,22 @@ def test_an_unreachable_hub_id_says_how_to_download(monkeypatch: pytest.MonkeyPa
 def test_an_attention_that_does_not_exist_points_at_the_key(converted: Path) -> None:
     with pytest.raises(ValueError, match=r"set backbone\.attention=sdpa"):
         load(converted, attention="no_such_attention")
+    with pytest.raises(ValueError, match=r"install what attention 'no_such_attention' needs, or set backbone\.attention=sdpa"):
+        load("cpu-world", attention="no_such_attention")
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["one", "too", "many"])
+    tokenizer.save_pretrained(folder)
+    rows = len(tokenizer) - 3
+    with pytest.raises(ValueError, match=f"has {rows + 3:,} tokens and the model's embedding {rows:,} rows: they do not belong"):
+        load(folder)
+
+
+def test_activation_checkpointing_reaches_the_backbone(converted: Path) -> None:
+    for wanted in (False, True):
+        assert load(converted, activation_checkpointing=wanted)[0].activation_checkpointing == wanted
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

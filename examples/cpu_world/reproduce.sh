@@ -5,6 +5,10 @@ set -eu
 cd "$(dirname "$0")/../.."
 out=${1:-outputs/reproduce}
 python=${PYTHON:-.venv/bin/python}
+if [ -e "$out" ]; then
+    echo "error: $out is there already; move it away, or name another folder: sh examples/cpu_world/reproduce.sh outputs/again" >&2
+    exit 2
+fi
 
 "$python" examples/cpu_world/pretrain_backbone.py --output "$out/backbone"
 checkpoint=null

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 
+import shine
 from shine.config import parse, unknown_key
 from shine.training.stop import StoppedError
 
 T = TypeVar("T")
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def run_door(kind: type[T], values: object, action: Callable[[T], Any]) -> None:
-    """Parse a configuration and act on it; what a user can mend ends in one message and exit code 2, without a traceback."""
+    """Parse a configuration and act on it; what a user can mend ends in one message and exit code 2, without a traceback.
+
+    That is a ``ValueError`` that SHINE itself raised, and whatever the system says about a file.
+    """
     try:
         assert isinstance(values, dict)
         action(parse(kind, values))
     except ValueError as error:
+        if not _raised_by_us(error):
+            raise
         _give_up(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _give_up(f"{error.filename}: {error.strerror}; choose another place, or make this one readable and writable")
     except StoppedError as stopped:
         print(stopped, file=sys.stderr, flush=True)
         sys.exit(128 + stopped.signal_number)
@@ -30,18 +42,39 @@ def run_door(kind: type[T], values: object, action: Callable[[T], Any]) -> None:
 
 @contextmanager
 def plain_refusals(kind: type) -> Iterator[None]:
-    """What Hydra refuses before a door's function runs ends like everything else a user can mend: see `run_door`."""
+    """What Hydra refuses before a door's function runs ends like everything else a user can mend: see `run_door`.
+
+    A folder or hub id where the name of a backbone belongs is understood: ``backbone=models/mine`` is
+    ``backbone=custom backbone.path=models/mine``.
+    """
     # Without it Hydra prints its own text and leaves with exit code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[1:] = _name_custom_backbones(sys.argv[1:])
     try:
         yield
     except OverrideParseException as error:
-        _give_up(f"{error.override}: {str(error).splitlines()[0]}; quote it for the shell, as in 'a.b=[1, 2]'")
+        _give_up(f"{error.override}: not understood; quote it for the shell, as in 'a.b=[1, 2]'")
     except HydraException as error:
         key = getattr(error.__cause__, "full_key", None)
         if isinstance(error, ConfigCompositionException) and key:
             _give_up(unknown_key(kind, key))
         _give_up(str(error).partition("\nConfig search path:")[0])
+
+
+def _name_custom_backbones(overrides: Sequence[str]) -> Iterator[str]:
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "backbone" and not (CONFIGS / "backbone" / f"{value}.yaml").exists() and ("/" in value or Path(value).is_dir()):
+            yield from ("backbone=custom", f"backbone.path={value}")
+        else:
+            yield override
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(shine.__file__).parent)
 
 
 def _give_up(message: str) -> NoReturn:

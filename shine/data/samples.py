@@ -14,7 +14,7 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from shine.chat import IGNORE, Message, encode_conversation, separator_id, token_ids
+from shine.chat import IGNORE, Message, encode_conversation, separator_id, token_ids, token_starts
 from shine.config import StageConfig, TaskTokens
 from shine.data.examples import Example
 from shine.data.grouping import first_fit
@@ -226,18 +226,20 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def hide_end(text: str, share: float) -> str:
-    """``text`` without the last ``share`` of its words: at least one word is hidden, and the first always stays."""
-    words = list(re.finditer(r"\S+", text))
-    kept = max(min(round(len(words) * (1 - share)), len(words) - 1), 1)
-    return text[: words[kept - 1].end()] if words else text
+    """``text`` without the last ``share`` of its words: at least one word is hidden, and the first always stays.
+
+    A text of a single word, as one in Chinese may be, loses characters instead.
+    """
+    parts = list(re.finditer(r"\S+", text))
+    if len(parts) < 2:
+        parts = list(re.finditer(r"\S", text))
+    kept = max(min(round(len(parts) * (1 - share)), len(parts) - 1), 1)
+    return text[: parts[kept - 1].end()] if parts else text
 
 
 def split_text(tokenizer: PreTrainedTokenizerBase, text: str, *, budget: int) -> list[tuple[str, int]]:
     """``text`` as pieces of at most ``budget`` tokens with their token counts, broken at white space where there is some."""
-    starts = [
-        start
-        for start, _ in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    ]
+    starts = token_starts(tokenizer, text)
     if len(starts) <= budget:
         return [(text, len(starts))] if starts else []
     pieces: list[tuple[str, int]] = []

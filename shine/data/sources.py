@@ -5,9 +5,10 @@ Folders are read in the layout the hub gives them (``hf download``), whatever is
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,18 @@ def read_squad(config: SourceConfig) -> Iterator[Example]:
 
     SQuAD 2.0 has questions without an answer: they come without one.
     """
-    rows = _rows(config, ("id", "context", "question", "answers"))
+    rows = _rows(config, {"id": str, "context": str, "question": str, "answers": Mapping})
     for context, group in itertools.groupby(rows, key=lambda row: row["context"]):
         members = list(group)
-        turns = tuple(Turn(row["question"].strip(), tuple(dict.fromkeys(row["answers"]["text"]))) for row in members)
+        turns = tuple(Turn(row["question"].strip(), tuple(dict.fromkeys(_answers(row, config)))) for row in members)
         yield Example(id=members[0]["id"], context=context, turns=turns)
+
+
+def _answers(row: Mapping[str, Any], config: SourceConfig) -> list[str]:
+    texts = row["answers"].get("text")
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"{config.path}: example {row['id']}: answers is {row['answers']!r:.60}, not a list of texts under 'text'")
+    return list(texts)
 
 
 def read_race(config: SourceConfig, *, cloze: bool = True) -> Iterator[Example]:
@@ -64,7 +72,7 @@ def read_race(config: SourceConfig, *, cloze: bool = True) -> Iterator[Example]:
     Args:
         cloze: keep the questions that are sentences with a blank (about half of them).
     """
-    rows = _rows(config, ("example_id", "article", "question", "options", "answer"))
+    rows = _rows(config, {"example_id": str, "article": str, "question": str, "options": Sequence, "answer": str})
     for index, (article, group) in enumerate(itertools.groupby(rows, key=lambda row: row["article"])):
         members = [row for row in group if cloze or "_" not in row["question"]]
         turns = tuple(Turn(row["question"].strip(), (_right_option(row, config),)) for row in members)
@@ -73,14 +81,17 @@ def read_race(config: SourceConfig, *, cloze: bool = True) -> Iterator[Example]:
 
 
 def _right_option(row: Mapping[str, Any], config: SourceConfig) -> str:
-    if row["answer"] not in ("A", "B", "C", "D"):
-        raise ValueError(f"{config.path}: example {row['example_id']}: the answer is {row['answer']!r}, not one of A, B, C, D")
-    return str(row["options"]["ABCD".index(row["answer"])]).strip()
+    letters = "ABCD"[: len(row["options"])]
+    if row["answer"] not in tuple(letters):
+        raise ValueError(
+            f"{config.path}: example {row['example_id']}: the answer is {row['answer']!r}, not one of {', '.join(letters)}"
+        )
+    return str(row["options"][letters.index(row["answer"])]).strip()
 
 
 def read_text(config: SourceConfig, *, column: str = "text") -> Iterator[Example]:
     """Plain texts: one example a row of the ``text`` column, without turns; an empty row is an empty context."""
-    for index, row in enumerate(_rows(config, (column,))):
+    for index, row in enumerate(_rows(config, {column: str | None})):
         yield Example(id=f"{config.split}-{index}", context=(row[column] or "").strip())
 
 
@@ -90,6 +101,8 @@ def read_jsonl(config: SourceConfig) -> Iterator[Example]:
     ``id`` and ``kind`` are optional, and so are the turns where only the context matters.
     """
     path = _existing(config)
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name the file in it, one JSON object a line")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -115,6 +128,7 @@ def read_worlds(
     return World(seed=seed, **pairs).examples(count)
 
 
+_NAMES = {str: "a text", str | None: "a text", Sequence: "a list", Mapping: "a table"}
 READERS: dict[str, Callable[..., Iterator[Example]]] = {
     "squad": read_squad,
     "race": read_race,
@@ -133,7 +147,12 @@ def _existing(config: SourceConfig) -> Path:
     return path
 
 
-def _rows(config: SourceConfig, columns: tuple[str, ...]) -> Iterator[Mapping[str, Any]]:
+def _rows(config: SourceConfig, columns: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The rows of a folder in the hub's layout.
+
+    Args:
+        columns: what each row must hold, and of which type.
+    """
     import datasets
 
     path = _existing(config)
@@ -147,21 +166,26 @@ def _rows(config: SourceConfig, columns: tuple[str, ...]) -> Iterator[Mapping[st
         raise ValueError(
             f"{path}: no column {', '.join(missing)} (there are {', '.join(first or {})}); is it a {config.kind!r} folder?"
         )
-    return _named_errors(table, path)
+    return _checked(table, columns, f"{path}, split {config.split}")
 
 
-def _named_errors(table: Iterable[Mapping[str, Any]], path: Path) -> Iterator[Mapping[str, Any]]:
+def _checked(table: Iterable[Mapping[str, Any]], columns: Mapping[str, Any], place: str) -> Iterator[Mapping[str, Any]]:
+    number = 0
     try:
-        yield from table
-    except GeneratorExit:
+        for number, row in enumerate(table, start=1):
+            for name, kind in columns.items():
+                if not isinstance(row[name], kind):
+                    raise ValueError(f"{place}, row {number}: {name} is {row[name]!r:.60}, not {_NAMES[kind]}; mend the file")
+            yield row
+    except (GeneratorExit, ValueError):
         raise
     except Exception as error:  # a damaged file shows in the middle of reading
-        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}); download it again") from error
+        raise ValueError(f"{place}: damaged after row {number} ({type(error).__name__}: {error}); download it again") from error
 
 
 def _parse_line(line: bytes, place: str) -> Example:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{place}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8") from None
     except json.JSONDecodeError as error:

@@ -25,6 +25,14 @@ class Asked:
     history: tuple[tuple[str, str], ...] = ()
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a method said; ``cut`` where it had not ended after ``max_new_tokens``."""
+
+    text: str
+    cut: bool
+
+
 @dataclass
 class Method:
     """A way to answer questions about contexts.
@@ -67,9 +75,11 @@ class Method:
                 messages.append(Message("assistant", asked.history[index][1]))
         return messages
 
-    def answer(self, asked: Sequence[Asked], *, max_new_tokens: int) -> list[str]:
+    def answer(self, asked: Sequence[Asked], *, max_new_tokens: int) -> list[Answer]:
         """Greedy answers, all questions in one batch."""
-        return [clean_answer(text) for text in self.tokenizer.batch_decode(self.answer_ids(asked, max_new_tokens=max_new_tokens))]
+        rows = self.answer_ids(asked, max_new_tokens=max_new_tokens)
+        texts = self.tokenizer.batch_decode(rows)
+        return [Answer(clean_answer(text), len(row) == max_new_tokens) for row, text in zip(rows, texts, strict=True)]
 
     @torch.no_grad()
     def answer_ids(self, asked: Sequence[Asked], *, max_new_tokens: int) -> list[list[int]]:

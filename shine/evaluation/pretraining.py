@@ -19,7 +19,7 @@ from shine.data.examples import Example
 from shine.data.samples import PretrainSamples, Sample, hide_end
 from shine.evaluation.methods import Asked, Method
 from shine.evaluation.qa import Clock
-from shine.metrics import exact_prefix_ratio, f1
+from shine.metrics import exact_prefix_ratio, f1, perplexity
 
 TASKS = ("reconstruct", "complete")
 
@@ -137,7 +137,7 @@ def _scores(results: Sequence[Recall]) -> dict[str, float]:
     tokens = sum(result.tokens for result in results)
     loss = sum(result.loss * result.tokens for result in results) / tokens
     return {
-        "perplexity": float(torch.tensor(loss).exp()),
+        "perplexity": perplexity(loss),
         "exact_prefix": _mean(results, "exact_prefix"),
         "em": _mean(results, "em"),
         "f1": _mean(results, "f1"),

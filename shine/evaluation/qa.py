@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from shine.chat import token_ids
+from shine.chat import token_starts
 from shine.config import EvaluationConfig
 from shine.data.batching import chunks
 from shine.data.examples import Example
 from shine.data.samples import CutTally, answerable
-from shine.evaluation.methods import Asked, Method
+from shine.evaluation.methods import Answer, Asked, Method
 from shine.metrics import exact_match, f1
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer and its scores (0 to 1); ``turn`` is the question's place in its context."""
+    """One answer and its scores (0 to 1); ``turn`` is the question's place in its context, ``cut`` as in `Answer`."""
 
     source: str
     id: str
@@ -29,6 +29,7 @@ class Prediction:
     question: str
     answers: tuple[str, ...]
     prediction: str
+    cut: bool
     em: float
     f1: float
 
@@ -54,12 +55,12 @@ def usable_examples(
         if not example.context.strip():
             tally.skip("empty context", example.id)
             continue
-        ids = token_ids(tokenizer, example.context)
+        starts = token_starts(tokenizer, example.context)
         tally.samples += 1
-        if len(ids) > context_length:
+        if len(starts) > context_length:
             tally.contexts_cut += 1
-            tally.context_tokens_dropped += len(ids) - context_length
-            example = Example(example.id, str(tokenizer.decode(ids[:context_length])), example.turns)
+            tally.context_tokens_dropped += len(starts) - context_length
+            example = replace(example, context=example.context[: starts[context_length]])
         yield example
 
 
@@ -81,7 +82,7 @@ def predict(
         clock.answer += time.perf_counter() - started
         for index, example in enumerate(group):
             for number, turn in enumerate(example.turns):
-                text = answers[index, number]
+                text, cut = answers[index, number].text, answers[index, number].cut
                 yield Prediction(
                     source,
                     example.id,
@@ -91,28 +92,29 @@ def predict(
                     turn.question,
                     turn.answers,
                     text,
+                    cut,
                     exact_match(text, turn.answers),
                     f1(text, turn.answers),
                 )
 
 
-def _answer_each(method: Method, group: Sequence[Example], config: EvaluationConfig) -> dict[tuple[int, int], str]:
+def _answer_each(method: Method, group: Sequence[Example], config: EvaluationConfig) -> dict[tuple[int, int], Answer]:
     places = [(index, number) for index, example in enumerate(group) for number in range(len(example.turns))]
-    answers: dict[tuple[int, int], str] = {}
+    answers: dict[tuple[int, int], Answer] = {}
     for batch in chunks(places, config.batch_size):
         asked = [Asked(index, group[index].turns[number].question) for index, number in batch]
         answers |= zip(batch, method.answer(asked, max_new_tokens=config.max_new_tokens), strict=True)
     return answers
 
 
-def _converse(method: Method, group: Sequence[Example], config: EvaluationConfig) -> dict[tuple[int, int], str]:
-    answers: dict[tuple[int, int], str] = {}
+def _converse(method: Method, group: Sequence[Example], config: EvaluationConfig) -> dict[tuple[int, int], Answer]:
+    answers: dict[tuple[int, int], Answer] = {}
     for number in range(max(len(example.turns) for example in group)):
         places = [(index, number) for index, example in enumerate(group) if number < len(example.turns)]
         asked = []
         for index, _ in places:
             turns = group[index].turns
-            said = [answers[index, n] if config.history == "own" else turns[n].answer for n in range(number)]
+            said = [answers[index, n].text if config.history == "own" else turns[n].answer for n in range(number)]
             history = tuple((turn.question, text) for turn, text in zip(turns, said, strict=False))
             asked.append(Asked(index, turns[number].question, history))
         answers |= zip(places, method.answer(asked, max_new_tokens=config.max_new_tokens), strict=True)
@@ -120,10 +122,11 @@ def _converse(method: Method, group: Sequence[Example], config: EvaluationConfig
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """EM and F1 in percent, and how many questions they are of."""
+    """EM and F1 in percent, how many questions they are of, and how many answers were cut at ``max_new_tokens``."""
     count = len(predictions)
     return {
         "em": 100 * sum(p.em for p in predictions) / count,
         "f1": 100 * sum(p.f1 for p in predictions) / count,
         "questions": count,
+        "cut": sum(p.cut for p in predictions),
     }

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from shine.backbone import Backbone
-from shine.checkpoint import effective_config, load_hypernetwork
+from shine.checkpoint import effective_config, find_checkpoint, introduce, load_hypernetwork, output_folder
 from shine.config import EvaluationConfig, MethodName, StageName
 from shine.data.examples import Example
 from shine.data.samples import CutTally
@@ -34,10 +33,15 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         ValueError: SHINE is to be scored and there is no checkpoint, a source is missing or has nothing to ask.
     """
     stage = config.stage.name
+    output = output_folder(config.output)
     look_into(config.data.test, "data.test")
+    config = with_checkpoint(config)
     methods = load_methods(config)
-    output = Path(config.output).expanduser()
     output.mkdir(parents=True, exist_ok=True)
+    if (output / SUMMARY_FILE).exists():
+        print(f"replaces the evaluation in {output}", flush=True)
+        # Before anything else: a run that fails leaves no old summary beside new predictions.
+        (output / SUMMARY_FILE).unlink()
     summary: dict[str, Any] = {"stage": stage, "config": asdict(config), "sources": {}}
     with (output / PREDICTIONS_FILE).open("w", encoding="utf-8") as lines:
         for name, source in config.data.test.items():
@@ -63,12 +67,21 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     return summary
 
 
-def load_methods(config: EvaluationConfig) -> list[Method]:
-    """The methods of an evaluation, sharing one backbone."""
-    if "shine" in config.methods and config.checkpoint is None:
+def with_checkpoint(config: EvaluationConfig) -> EvaluationConfig:
+    """The configuration with the directory that its checkpoint means and the hypernetwork that lies there, both said."""
+    if "shine" not in config.methods:
+        return config
+    if config.checkpoint is None:
         raise ValueError("checkpoint: missing; set checkpoint=<directory>, or leave SHINE out: methods=[in_context,only_question]")
-    targets = effective_config(config.checkpoint, config.hypernetwork).targets
-    backbone, tokenizer = load_backbone(config.backbone, targets=targets)
+    directory = find_checkpoint(config.checkpoint)
+    for line in introduce(directory, config.hypernetwork):
+        print(line, flush=True)
+    return replace(config, checkpoint=str(directory), hypernetwork=effective_config(directory, config.hypernetwork))
+
+
+def load_methods(config: EvaluationConfig) -> list[Method]:
+    """The methods of an evaluation (see `with_checkpoint`), sharing one backbone."""
+    backbone, tokenizer = load_backbone(config.backbone, targets=config.hypernetwork.targets)
     return [_method(name, config, backbone, tokenizer) for name in config.methods]
 
 

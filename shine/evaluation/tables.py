@@ -13,9 +13,9 @@ TITLES = {"shine": "SHINE", "in_context": "In-Context", "only_question": "Only Q
 
 
 def answer_table(summary: Mapping[str, Any]) -> Table:
-    """EM and F1 of every method on every source."""
+    """EM and F1 of every method on every source; ``cut`` counts answers that had not ended after ``max_new_tokens``."""
     stage = "conversations" if summary["stage"] == "mqa" else "single questions"
-    table = _table(f"Answers to {stage}, percent", ["EM", "F1", "questions", "encode s", "answer s"])
+    table = _table(f"Answers to {stage}, percent", ["EM", "F1", "questions", "cut", "encode s", "answer s"])
     for source, found in summary["sources"].items():
         for method, scores in found["methods"].items():
             seconds = scores["seconds"]
@@ -25,6 +25,7 @@ def answer_table(summary: Mapping[str, Any]) -> Table:
                 f"{scores['em']:.1f}",
                 f"{scores['f1']:.1f}",
                 f"{scores['questions']:,}",
+                f"{scores['cut']:,}",
                 f"{seconds['encode']:.1f}",
                 f"{seconds['answer']:.1f}",
             )

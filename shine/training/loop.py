@@ -8,18 +8,18 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from shine.backbone import Backbone
-from shine.checkpoint import CheckpointInfo, effective_config, save_hypernetwork, written_beside
+from shine.checkpoint import CheckpointInfo, effective_config, introduce, save_hypernetwork, written_beside
 from shine.config import TrainConfig
 from shine.data.batching import SampleStream
 from shine.data.samples import CutTally, Sample, build_samples
 from shine.data.sources import look_into, read_named
-from shine.hypernetwork import Hypernetwork
 from shine.training.distributed import Ranks, join_ranks
 from shine.training.guard import Guard
 from shine.training.monitor import Monitor
@@ -27,7 +27,7 @@ from shine.training.optimizer import build_optimizer, learning_rate
 from shine.training.parallel import restore_optimizer, shard, synchronised, whole_optimizer, whole_weights
 from shine.training.provenance import differences, run_record, versions
 from shine.training.start import FINAL, Start, start_hypernetwork, starting_point
-from shine.training.state import RUN_FILE, RunState, load_state, plain, prune, restore_rng, rng_state, save_state
+from shine.training.state import RUN_FILE, RunState, load_state, plain, prune, restore_rng, rng_state, save_state, sweep
 from shine.training.step import StepResult, training_step
 from shine.training.stop import StoppedError, StopRequest, stop_requests
 from shine.training.validation import Validation
@@ -47,11 +47,14 @@ def train(config: TrainConfig) -> Path:
         # One rank looks, before any writes; what it refuses is said once.
         start = ranks.gather(starting_point(config, say=print) if ranks.first else None)[0]
         assert start is not None
+        if ranks.first:
+            sweep(Path(config.output).expanduser())
+            for line in introduce(start.directory, config.hypernetwork) if start.directory is not None else ():
+                print(line, flush=True)
         shape = effective_config(start.directory, config.hypernetwork)
+        config = replace(config, hypernetwork=shape, checkpoint=None if start.directory is None else str(start.directory))
         look_into(config.data.train, "data.train")
         look_into(config.data.validation, "data.validation")
-        if ranks.first and shape != config.hypernetwork:
-            print(f"the hypernetwork is that of {start.directory}, not the one configured: {shape}", flush=True)
         with ranks.one_by_one():
             backbone, tokenizer = load_backbone(config.backbone, targets=shape.targets)
         return _Run(config, backbone, tokenizer, ranks, start=start, request=request).go()
@@ -88,7 +91,7 @@ class _Run:
         self.stream = SampleStream(samples, stage.batch_size, config.seed)
         self.fingerprint = samples.fingerprint()
         self.total = stage.steps if stage.steps is not None else max(math.ceil(stage.epochs * len(samples) / stage.batch_size), 1)
-        self.validation = Validation(config, backbone, tokenizer, read_named(config.data.validation, "data.validation"))
+        self.validation = Validation(config, backbone, tokenizer)
         self.guard = Guard(stage)
         self.step = 0
         self.best: float | None = None
@@ -100,7 +103,7 @@ class _Run:
         with Monitor(self.output, start=self.step, total=self.total, title=title, quiet=not self.ranks.first) as monitor:
             if self.ranks.first:
                 (self.output / RUN_FILE).write_text(json.dumps(run_record(self.config), indent=2) + "\n", encoding="utf-8")
-            monitor.say(describe(self.hypernetwork, self.backbone, samples=len(self.stream.samples), steps=self.total))
+            monitor.say(self._describe())
             model = synchronised(self.hypernetwork, self.ranks, self.config.engine)
             for line in self._notes():
                 monitor.say(line)
@@ -108,8 +111,21 @@ class _Run:
                 while self.step < self.total:
                     self._advance(model, monitor)
             finally:
-                monitor.say(f"{self.stage.name}, samples drawn: {self.stream.samples.tally}")
+                monitor.say(self._cut_report())
         return self._finish()
+
+    def _describe(self) -> str:
+        """One line on what is about to be trained."""
+        trained = sum(parameter.numel() for parameter in self.hypernetwork.parameters())
+        frozen = sum(parameter.numel() for parameter in self.backbone.model.parameters())
+        samples, memory = len(self.stream.samples), self.hypernetwork.memory_tokens.shape[0]
+        return (
+            f"{trained:,} trained parameters over {frozen:,} frozen ones; {memory} memory tokens; "
+            f"{samples:,} samples, {self.total:,} steps ({self.total * self.stage.batch_size / samples:.3g} passes over them)"
+        )
+
+    def _cut_report(self) -> str:
+        return f"{self.stage.name}, samples drawn: {self.stream.samples.tally}"
 
     def _advance(self, model: nn.Module, monitor: Monitor) -> None:
         """One optimizer step, and what is due after it."""
@@ -205,7 +221,7 @@ class _Run:
             )
             save_state(directory, weights, self.info, state=state, run=run_record(self.config))
             prune(self.output, keep=self.stage.keep)
-            monitor.say(f"saved {directory}")
+            monitor.say(f"saved {directory}; {self._cut_report()}")
         self.ranks.wait()
 
     def _restore(self, directory: Path) -> list[str]:
@@ -242,16 +258,6 @@ class _Run:
                 save_hypernetwork(folder, weights, self.info)
         self.ranks.wait()
         return directory
-
-
-def describe(hypernetwork: Hypernetwork, backbone: Backbone, *, samples: int, steps: int) -> str:
-    """One line on what is about to be trained."""
-    trained = sum(parameter.numel() for parameter in hypernetwork.parameters())
-    frozen = sum(parameter.numel() for parameter in backbone.model.parameters())
-    return (
-        f"{trained:,} trained parameters over {frozen:,} frozen ones; {hypernetwork.memory_tokens.shape[0]} memory tokens; "
-        f"{samples:,} samples, {steps:,} steps"
-    )
 
 
 def _due(step: int, every: int, *, last: int | None = None) -> bool:

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from shine.backbone import Backbone
-from shine.checkpoint import find_checkpoint, load_hypernetwork, read_info
+from shine.checkpoint import find_checkpoint, load_hypernetwork, output_folder, read_info
 from shine.config import TrainConfig
 from shine.hypernetwork import Hypernetwork
 from shine.training.monitor import METRICS_FILE
-from shine.training.state import find_resume
+from shine.training.state import find_resume, step_directories
 
 FINAL = "final"
 
@@ -32,12 +32,12 @@ def starting_point(config: TrainConfig, *, say: Callable[[str], None]) -> Start:
     Raises:
         ValueError: a QA stage with neither, or a fresh run into a folder that holds another.
     """
-    output = Path(config.output).expanduser()
+    output = output_folder(config.output)
     if config.resume is not None:
         found = find_resume(config.resume, output, say=say)
         if found is not None:
             return Start(found, resumed=True)
-    elif any((output / name).exists() for name in (FINAL, METRICS_FILE)):
+    elif holds_a_run(output):
         raise ValueError(f"output={output} holds another run: choose another folder, go on with resume=latest, or delete it")
     if config.checkpoint is not None:
         return Start(find_checkpoint(config.checkpoint))
@@ -47,6 +47,12 @@ def starting_point(config: TrainConfig, *, say: Callable[[str], None]) -> Start:
             "(or from_scratch=true to start from random weights)"
         )
     return Start()
+
+
+def holds_a_run(output: Path) -> bool:
+    """Whether a run got far enough in this folder to be worth keeping: a logged step, a saved one, or its end."""
+    metrics = output / METRICS_FILE
+    return bool((output / FINAL).exists() or step_directories(output) or (metrics.exists() and metrics.stat().st_size))
 
 
 def start_hypernetwork(config: TrainConfig, backbone: Backbone, *, start: Start) -> tuple[Hypernetwork, tuple[str, ...]]:

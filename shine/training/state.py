@@ -139,6 +139,13 @@ def prune(output: Path, *, keep: int) -> None:
         shutil.rmtree(directory.rename(directory.with_name(f".{directory.name}.deleted")))
 
 
+def sweep(output: Path) -> None:
+    """Remove what a killed run was writing or deleting in its folder."""
+    for directory in (*output.glob(".*.partial"), *output.glob(".*.deleted")):
+        if directory.is_dir():
+            shutil.rmtree(directory)
+
+
 def rng_state() -> dict[str, Any]:
     """The state of this process's random number generators, as plain containers and tensors."""
     version, internal, gauss = random.getstate()

@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from shine.backbone import Backbone
-from shine.config import TrainConfig
+from shine.config import SourceConfig, TrainConfig
 from shine.data.batching import chunks, collate
 from shine.data.examples import Example
 from shine.data.samples import AnswerSamples, PretrainSamples, Sample, StageSamples
+from shine.data.sources import read_named
 from shine.hypernetwork import Hypernetwork
 from shine.lora import LoRA
+from shine.metrics import perplexity
 from shine.training.step import label_losses
 
 
 class Validation:
     """A fixed set of samples of the stage; empty when there is no validation source.
 
-    For pretraining, reconstruction and completion are measured apart.
+    For pretraining, reconstruction and completion are measured apart. Several sources have equal shares.
     """
 
-    def __init__(
-        self, config: TrainConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]
-    ) -> None:
+    def __init__(self, config: TrainConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> None:
         stage = config.stage
-        # As many examples as the evaluation can look at: more would be read and tokenised for nothing.
         wanted = stage.evaluation_batches * stage.batch_size
-        self.examples = list(itertools.islice(examples, wanted)) if stage.evaluate_every else []
+        self.examples = _first_of_each(config.data.validation, wanted) if stage.evaluate_every else []
         self.backbone = backbone
         self.pad_id = tokenizer.pad_token_id
         self.micro_batch_size = stage.micro_batch_size
@@ -61,7 +59,7 @@ class Validation:
             loss = float(losses.mean())
             results |= {
                 f"validation/{name}/loss": loss,
-                f"validation/{name}/perplexity": math.exp(min(loss, 50)),
+                f"validation/{name}/perplexity": perplexity(loss),
                 f"validation/{name}/accuracy": float(correct.float().mean()),
             }
         lora = self._adapters(hypernetwork, next(iter(self.sets.values())))
@@ -86,3 +84,11 @@ class Validation:
         chosen = list(contexts.values())[:most]
         batches = [collate(group, pad_id=self.pad_id).to(self.backbone.device) for group in chunks(chosen, self.micro_batch_size)]
         return LoRA.stack([hypernetwork(self.backbone, batch.context_ids, batch.context_mask) for batch in batches])
+
+
+def _first_of_each(sources: Mapping[str, SourceConfig], wanted: int) -> list[Example]:
+    """As many examples as the evaluation can look at (more would be read and tokenised for nothing), the sources taking turns."""
+    readers = [read_named({name: source}, "data.validation") for name, source in sources.items()]
+    turns = itertools.zip_longest(*(itertools.islice(reader, wanted) for reader in readers))
+    found = (example for turn in turns for example in turn if example is not None)
+    return list(itertools.islice(found, wanted))

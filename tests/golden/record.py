@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from conftest import tiny_model, tiny_tokenizer
-from test_training import GOLDEN, fingerprint, losses_of, stage_config, train_config
+from runs import GOLDEN, fingerprint, losses_of, stage_config, train_config
 
 from shine.training.loop import train
 
