@@ -62,10 +62,10 @@ class Backbone:
             raise ValueError(
                 f"{type(model).__name__} keeps its decoder layers elsewhere than in .layers: SHINE needs a Llama-like model"
             )
-        self._layers = cast(nn.ModuleList, model.base_model.layers)
+        self.layers = cast(nn.ModuleList, model.base_model.layers)
         self.linear_shapes = self._hook_linears(tuple(targets))
         self._check_logits()
-        for layer in self._layers:
+        for layer in self.layers:
             layer.forward = functools.partial(self._layer_forward, layer.forward)
 
     @property
@@ -196,7 +196,7 @@ class Backbone:
     def _hook_linears(self, targets: tuple[str, ...]) -> tuple[tuple[LinearShape, ...], ...]:
         prefixes = {id(module): path for path, module in self.model.named_modules()}
         shapes = []
-        for layer in self._layers:
+        for layer in self.layers:
             paths = [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
             linears = {path.rsplit(".", 1)[-1]: cast(nn.Linear, layer.get_submodule(path)) for path in paths}
             missing = [name for name in targets if name not in linears]

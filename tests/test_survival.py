@@ -24,7 +24,7 @@ from shine.checkpoint import WEIGHTS_FILE
 from shine.config import DataConfig, SourceConfig
 from shine.training.guard import NOT_FINITE, SPIKE, Guard
 from shine.training.loop import train
-from shine.training.monitor import METRICS_FILE
+from shine.training.monitor import METRICS_FILE, SAMPLES_FILE
 from shine.training.provenance import differences
 from shine.training.state import damage, load_state, newest_whole, step_directories
 from shine.training.stop import StoppedError, stop_requests
@@ -64,9 +64,9 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(kills: int, tiny_b
 
 
 def measured(output: Path) -> list[dict[str, float]]:
-    """Every scalar of a run but its speed."""
-    rows = [json.loads(line) for line in (output / METRICS_FILE).read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+    """Every scalar of a run but what depends on the machine's mood, and every answer it showed."""
+    rows = [json.loads(line) for name in (METRICS_FILE, SAMPLES_FILE) for line in (output / name).read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in ("tokens_per_second", "mfu", "memory_gb")} for row in rows]
 
 
 def wait_for_progress(output: Path, process: Any) -> None:

@@ -23,6 +23,7 @@ from shine.data.sources import look_into, read_named
 from shine.training.distributed import Ranks, join_ranks
 from shine.training.guard import Guard
 from shine.training.monitor import Monitor
+from shine.training.needs import estimate, matrix_rate
 from shine.training.optimizer import build_optimizer, learning_rate
 from shine.training.parallel import restore_optimizer, shard, synchronised, whole_optimizer, whole_weights
 from shine.training.provenance import differences, run_record, versions
@@ -100,10 +101,11 @@ class _Run:
     def go(self) -> Path:
         """Train to the last step."""
         title = f"{self.stage.name} {Path(self.config.backbone.path).name}"
-        with Monitor(self.output, start=self.step, total=self.total, title=title, quiet=not self.ranks.first) as monitor:
+        with Monitor(self.output, start=self.step, total=self.total, title=title, rank=self.ranks.rank) as monitor:
             if self.ranks.first:
                 (self.output / RUN_FILE).write_text(json.dumps(run_record(self.config), indent=2) + "\n", encoding="utf-8")
-            monitor.say(self._describe())
+            for line in self._needs().splitlines():
+                monitor.say(line)
             model = synchronised(self.hypernetwork, self.ranks, self.config.engine)
             for line in self._notes():
                 monitor.say(line)
@@ -114,15 +116,16 @@ class _Run:
                 monitor.say(self._cut_report())
         return self._finish()
 
-    def _describe(self) -> str:
-        """One line on what is about to be trained."""
-        trained = sum(parameter.numel() for parameter in self.hypernetwork.parameters())
-        frozen = sum(parameter.numel() for parameter in self.backbone.model.parameters())
-        samples, memory = len(self.stream.samples), self.hypernetwork.memory_tokens.shape[0]
-        return (
-            f"{trained:,} trained parameters over {frozen:,} frozen ones; {memory} memory tokens; "
-            f"{samples:,} samples, {self.total:,} steps ({self.total * self.stage.batch_size / samples:.3g} passes over them)"
-        )
+    def _needs(self) -> str:
+        """What is about to be trained, and what it will take."""
+        samples, memory = self.stream.samples, self.hypernetwork.memory_tokens.shape[0]
+        device = self.backbone.device
+        self.rate = matrix_rate(device, self.backbone.dtype)
+        needs = estimate(self.config, self.backbone, self.hypernetwork, samples, steps=self.total, ranks=self.ranks.size)
+        self.flops_per_token = needs.flops_per_token
+        passes = self.total * self.stage.batch_size / len(samples)
+        first = f"{len(samples):,} samples ({passes:.3g} passes over them), {memory} memory tokens"
+        return first + "\n" + needs.describe(rate=self.rate, ranks=self.ranks.size, device_type=device.type)
 
     def _cut_report(self) -> str:
         return f"{self.stage.name}, samples drawn: {self.stream.samples.tally}"
@@ -171,7 +174,9 @@ class _Run:
         monitor.advance(tokens=result.tokens, loss=result.loss)
         if _due(self.step + 1, self.stage.log_every, last=self.total):
             scalars = {"loss": result.loss, "learning_rate": rate, "gradient_norm": result.gradient_norm}
-            monitor.record({**scalars, "skipped_steps": self.guard.skipped})
+            # Share of the matrix rate this device was measured at, by the arithmetic that `shine.training.needs` counts.
+            mfu = monitor.tokens_per_second * self.flops_per_token / (self.rate * self.ranks.size)
+            monitor.record({**scalars, "skipped_steps": self.guard.skipped, "mfu": mfu})
         if result.skipped is not None:
             self._report_bad(result, samples, monitor)
             self.guard.check(learning_rate=rate)
@@ -187,6 +192,7 @@ class _Run:
     def _evaluate(self, monitor: Monitor) -> None:
         scalars = self.validation.measure(self.hypernetwork)
         monitor.record(scalars)
+        monitor.show_answers(self.validation.answers(self.hypernetwork))
         losses = [value for name, value in scalars.items() if name.endswith("/loss")]
         loss = sum(losses) / len(losses)
         if self.best is None or loss < self.best:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from shine.backbone import Backbone
+from shine.chat import IGNORE, stop_ids
 from shine.config import SourceConfig, TrainConfig
 from shine.data.batching import chunks, collate
 from shine.data.examples import Example
@@ -31,6 +33,7 @@ class Validation:
         wanted = stage.evaluation_batches * stage.batch_size
         self.examples = _first_of_each(config.data.validation, wanted) if stage.evaluate_every else []
         self.backbone = backbone
+        self.tokenizer = tokenizer
         self.pad_id = tokenizer.pad_token_id
         self.micro_batch_size = stage.micro_batch_size
         sets: dict[str, StageSamples] = {}
@@ -70,6 +73,28 @@ class Validation:
         results["validation/adapter_effective_rank"] = float(lora.effective_rank())
         return results
 
+    @torch.no_grad()
+    def answers(self, hypernetwork: Hypernetwork, *, count: int = 3) -> list[dict[str, str]]:
+        """What the model says to the first question of a few samples of each set, beside what it should have said."""
+        rows = []
+        for name, samples in self.sets.items():
+            chosen = [_first_answer(sample) for sample in samples[:count]]
+            batch = collate([sample for sample, _ in chosen], pad_id=self.pad_id).to(self.backbone.device)
+            gold = [answer for _, answer in chosen]
+            said = self.backbone.generate(
+                batch.input_ids,
+                torch.ones_like(batch.input_ids) if batch.input_mask is None else batch.input_mask,
+                lora=hypernetwork(self.backbone, batch.context_ids, batch.context_mask),
+                max_new_tokens=min(max(map(len, gold)), 64),
+                stop_ids=stop_ids(self.tokenizer),
+                pad_id=self.pad_id,
+            )
+            for (sample, answer), given in zip(chosen, said.tolist(), strict=True):
+                texts = {"question": sample.input_ids, "answer": given, "right": answer[:64]}
+                decoded = {key: str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for key, ids in texts.items()}
+                rows.append({"set": name, "id": sample.id, **decoded})
+        return rows
+
     def _losses(self, hypernetwork: Hypernetwork, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
         parts = [
             label_losses(hypernetwork, self.backbone, collate(group, pad_id=self.pad_id).to(self.backbone.device))
@@ -84,6 +109,14 @@ class Validation:
         chosen = list(contexts.values())[:most]
         batches = [collate(group, pad_id=self.pad_id).to(self.backbone.device) for group in chunks(chosen, self.micro_batch_size)]
         return LoRA.stack([hypernetwork(self.backbone, batch.context_ids, batch.context_mask) for batch in batches])
+
+
+def _first_answer(sample: Sample) -> tuple[Sample, list[int]]:
+    """The sample up to its first answer, and that answer."""
+    begin = next(index for index, label in enumerate(sample.labels) if label != IGNORE)
+    end = next((index for index in range(begin, len(sample.labels)) if sample.labels[index] == IGNORE), len(sample.labels))
+    prompt = replace(sample, input_ids=sample.input_ids[:begin], labels=sample.labels[:begin])
+    return prompt, sample.input_ids[begin:end]
 
 
 def _first_of_each(sources: Mapping[str, SourceConfig], wanted: int) -> list[Example]:

@@ -1,0 +1,165 @@
+"""What a run will need, said before it starts: memory of each rank, tokens, arithmetic, hours.
+
+The arithmetic of a step, in FLOPs (``docs/training.md`` has the formula): frozen linears cost 4 a parameter and token, forward and
+the gradient of their inputs; trained ones 6; activation checkpointing adds 2 for the second forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from shine.backbone import Backbone
+from shine.config import TrainConfig
+from shine.data.samples import Sample, StageSamples
+from shine.hypernetwork import Hypernetwork
+
+SHARE_OF_RATE = {"cuda": 0.4, "cpu": 0.15}
+"""Which share of a device's matrix rate a step was found to reach, roughly."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run will take.
+
+    Attributes:
+        trained, frozen: parameters.
+        weights: bytes on each rank for parameters, gradients and the optimizer's state.
+        activations: bytes on each rank that a backward pass keeps, roughly.
+        tokens_per_step: context and conversation tokens of a global batch, on average.
+        flops_per_step: of all ranks together.
+        steps: optimizer steps.
+    """
+
+    trained: int
+    frozen: int
+    weights: int
+    activations: int
+    tokens_per_step: float
+    flops_per_step: float
+    steps: int
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of useful tokens: the memory tokens' share is in it, padding is not."""
+        return self.flops_per_step / self.tokens_per_step
+
+    def hours(self, *, rate: float, ranks: int, device_type: str) -> float:
+        """How long the steps take at the usual share of ``rate``, the FLOP/s of each rank's device."""
+        return self.steps * self.flops_per_step / (rate * SHARE_OF_RATE.get(device_type, 0.3) * ranks) / 3600
+
+    def describe(self, *, rate: float, ranks: int, device_type: str) -> str:
+        """Three lines for a reader."""
+        share = SHARE_OF_RATE.get(device_type, 0.3)
+        hours = self.hours(rate=rate, ranks=ranks, device_type=device_type)
+        return (
+            f"parameters: {self.trained:,} trained, {self.frozen:,} frozen\n"
+            f"memory of each rank: {self.weights / 1e9:.2f} GB of weights, gradients and optimizer, about "
+            f"{self.activations / 1e9:.2f} GB of activations\n"
+            f"{self.steps:,} steps of about {self.tokens_per_step:,.0f} tokens, {self.steps * self.tokens_per_step:.3g} in all: "
+            f"about {_duration(hours)} on {ranks} x {rate / 1e12:.2g} TFLOP/s, if a step reaches {share:.0%} of that"
+        )
+
+
+def estimate(
+    config: TrainConfig, backbone: Backbone, hypernetwork: Hypernetwork, samples: StageSamples, *, steps: int, ranks: int
+) -> Needs:
+    """Needs of a run, from a look at up to 64 of its samples."""
+    seen = _look_at(samples, 64)
+    stage = config.stage
+    trained = sum(parameter.numel() for parameter in hypernetwork.parameters())
+    frozen = sum(parameter.numel() for parameter in backbone.model.parameters())
+    parts = ranks if config.engine == "fsdp" else 1
+    # Weight, gradient and Adam's two moments, float32 each; DDP keeps the gradients of its buckets once more.
+    copies = 4 + (1 if ranks > 1 and config.engine == "ddp" else 0)
+    weights = frozen * backbone.model.dtype.itemsize + trained * 4 * copies // parts
+    widest = max(sample.tokens for sample in seen)
+    memory = hypernetwork.memory_tokens.shape[0]
+    per_sample = _activation_bytes(backbone, hypernetwork, tokens=widest + memory, labels=max(s.label_count for s in seen))
+    flops = sum(_sample_flops(backbone, hypernetwork, sample) for sample in seen) / len(seen)
+    return Needs(
+        trained=trained,
+        frozen=frozen,
+        weights=weights,
+        activations=per_sample * stage.micro_batch_size,
+        tokens_per_step=stage.batch_size * sum(sample.tokens for sample in seen) / len(seen),
+        flops_per_step=stage.batch_size * flops,
+        steps=steps,
+    )
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.2) -> float:
+    """FLOP/s of square matrix products on this device, measured."""
+    size = 4096 if device.type == "cuda" else 1024
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
+    products = 0
+    torch.mm(a, b)
+    _settle(device)
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        for _ in range(4):
+            torch.mm(a, b)
+        _settle(device)
+        products += 4
+    return products * 2 * size**3 / (time.perf_counter() - started)
+
+
+def _look_at(samples: StageSamples, most: int) -> list[Sample]:
+    tally = copy.deepcopy(samples.tally)
+    every = max(len(samples) // most, 1)
+    found = [samples.sample(index, epoch=0) for index in range(0, len(samples), every)][:most]
+    # What is only looked at is not drawn.
+    samples.tally = tally
+    usable = [sample for sample in found if sample is not None]
+    if not usable:
+        raise ValueError(f"no sample of the {len(found)} looked at is usable; raise stage.conversation_length")
+    return usable
+
+
+def _sample_flops(backbone: Backbone, hypernetwork: Hypernetwork, sample: Sample) -> float:
+    memory = hypernetwork.memory_tokens.shape[0]
+    read, answered = len(sample.context_ids) + memory, len(sample.input_ids)
+    layers = len(backbone.linear_shapes)
+    width = sum(shape.out_features for shape in backbone.linear_shapes[0] if shape.path.endswith("q_proj")) or backbone.hidden_size
+    again = 2 if backbone.activation_checkpointing else 0
+    linears = (4 + again) * _linear_parameters(backbone.layers) * (read + answered)
+    meta = (6 + again) * read * sum(parameter.numel() for parameter in hypernetwork.meta_lora.parameters())
+    rank = hypernetwork.layout.rank
+    generated = (6 + again) * answered * sum(shape.parameters(rank) for row in backbone.linear_shapes for shape in row)
+    # Scores and mixture on one side of the diagonal.
+    attention = (6 + again) * layers * width * (read**2 + answered**2)
+    head = 4 * sample.label_count * backbone.vocabulary_size * backbone.hidden_size
+    m2p = 6 * layers * memory * _linear_parameters(hypernetwork.m2p.layers)
+    return linears + meta + generated + attention + head + m2p
+
+
+def _activation_bytes(backbone: Backbone, hypernetwork: Hypernetwork, *, tokens: int, labels: int) -> int:
+    """What one sample keeps for its backward pass: the inputs of linears, norms (in float32) and attention."""
+    size, hidden = backbone.model.dtype.itemsize, backbone.hidden_size
+    wide = sum(module.out_features for module in backbone.layers[0].modules() if isinstance(module, nn.Linear))
+    a_layer = tokens * (size * (3 * hidden + wide) + 4 * 2 * hidden)
+    layers = len(backbone.linear_shapes)
+    body = layers * tokens * hidden * size + a_layer if backbone.activation_checkpointing else layers * a_layer
+    states = layers * hypernetwork.memory_tokens.shape[0] * hidden
+    m2p = states * len(hypernetwork.m2p.layers) * (12 * size + 4 * 4)
+    head = labels * backbone.vocabulary_size * (size + 8)
+    return body + m2p + head
+
+
+def _linear_parameters(modules: Iterable[nn.Module]) -> int:
+    return sum(m.weight.numel() for module in modules for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{max(hours * 60, 0.1):.1f} min"
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,132 @@
+"""What a run says before it starts and shows while it goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_hypernetwork_config, tiny_tokenizer
+from processes import Fault, run_ranks
+from runs import WORLDS, stage_config, train_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from shine.backbone import Backbone
+from shine.data.batching import collate
+from shine.data.samples import build_samples
+from shine.data.sources import read_source
+from shine.hypernetwork import Hypernetwork
+from shine.training import needs
+from shine.training.loop import train
+from shine.training.monitor import METRICS_FILE, SAMPLES_FILE, Monitor
+from shine.training.step import label_losses
+
+
+def test_a_run_says_what_it_will_need(tiny_backbone_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage_config(steps=1)))
+    said = capsys.readouterr().out
+    for part in ("parameters: 25,376 trained, 48,400 frozen", "memory of each rank: ", "1 steps of about", "TFLOP/s"):
+        assert part in said
+    assert "parameters: 25,376 trained" in (tmp_path / "logs" / "rank-0.log").read_text()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_arithmetic_is_what_torch_counts(checkpointing: bool, make_backbone: Callable[..., Backbone], tmp_path: Path) -> None:
+    """Torch's own counter over a real forward and backward pass.
+
+    Attention is written out for it, and then computed on both sides of the diagonal, of which a causal one needs but one.
+    """
+    stage = stage_config("mqa", batch_size=1, micro_batch_size=1)
+    backbone = make_backbone(activation_checkpointing=checkpointing)
+    backbone.model.set_attn_implementation("eager")
+    hypernetwork = Hypernetwork(tiny_hypernetwork_config(), backbone)
+    config = train_config("x", tmp_path, stage=stage)
+    samples = build_samples(list(read_source(WORLDS))[:1], tiny_tokenizer(), stage, task_tokens=config.backbone.task_tokens, seed=0)
+    found = needs.estimate(config, backbone, hypernetwork, samples, steps=10, ranks=1)
+    assert samples.tally.samples == 0, "what is only looked at is not drawn"
+    sample = samples.sample(0, epoch=0)
+    assert sample is not None
+    with FlopCounterMode(display=False) as counter:
+        label_losses(hypernetwork, backbone, collate([sample], pad_id=0))[0].sum().backward()
+    read = len(sample.context_ids) + hypernetwork.memory_tokens.shape[0]
+    needless = 6 * 3 * 32 * (read**2 + len(sample.input_ids) ** 2) * (4 / 3 if checkpointing else 1)
+    assert found.flops_per_step == pytest.approx(counter.get_total_flops() - needless, rel=0.03)
+    assert found.tokens_per_step == sample.tokens
+    assert found.trained == sum(parameter.numel() for parameter in hypernetwork.parameters())
+    assert found.weights == found.frozen * 4 + found.trained * 16
+
+
+def test_hours_follow_from_rate_and_ranks() -> None:
+    found = needs.Needs(1, 2, 3, 4, tokens_per_step=100.0, flops_per_step=1e12, steps=3600)
+    assert found.hours(rate=1e12, ranks=1, device_type="cuda") == pytest.approx(1 / 0.4)
+    assert found.hours(rate=1e12, ranks=8, device_type="cuda") == pytest.approx(1 / 3.2)
+    assert found.flops_per_token == pytest.approx(1e10)
+    assert "about 2.5 h on 1 x 1 TFLOP/s, if a step reaches 40%" in found.describe(rate=1e12, ranks=1, device_type="cuda")
+
+
+def test_the_matrix_rate_is_that_of_this_machine() -> None:
+    state = torch.get_rng_state()
+    assert 1e8 < needs.matrix_rate(torch.device("cpu"), torch.float32, seconds=0.05) < 1e14
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "1qa"])
+def test_answers_are_shown_at_every_evaluation(stage: str, tiny_backbone_folder: str, tmp_path: Path) -> None:
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage_config(stage, steps=4, evaluate_every=2)))
+    rows = [json.loads(line) for line in (tmp_path / SAMPLES_FILE).read_text().splitlines()]
+    assert {row["step"] for row in rows} == {2, 4}
+    sets = {"reconstruct", "complete"} if stage == "pretrain" else {"answers"}
+    assert {row["set"] for row in rows} == sets
+    for row in rows:
+        assert row["right"] not in row["question"] or stage == "pretrain"
+        assert row["question"].startswith("user")
+        assert row["question"].endswith("assistant")
+        assert row["right"]
+        assert "<|im_end|>" not in row["right"] + row["answer"]
+
+
+def test_every_log_step_has_its_scalars(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage_config(steps=3)))
+    rows = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    wanted = {"step", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "memory_gb", "mfu", "skipped_steps"}
+    assert [set(row) for row in rows] == [wanted] * 3
+    assert all(0 < row["mfu"] < 1 and row["memory_gb"] > 0.01 for row in rows)
+
+
+def test_a_line_says_where_the_run_stands_and_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Monitor(tmp_path, start=2, total=6, title="mqa x", rank=0) as monitor:
+        for _ in range(2):
+            monitor.advance(tokens=100, loss=1.5)
+        monitor.started -= 10
+        monitor.record({"loss": 1.5})
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("mqa x 4/6  loss 1.5  ")
+    assert line.endswith("10 s left")
+
+
+def test_other_ranks_show_nothing_and_log_what_they_die_of(
+    tiny_backbone_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stage = stage_config("mqa", micro_batch_size=1, steps=4)
+    codes = run_ranks(2, tiny_backbone_folder, tmp_path / "run", stage=stage, fault=Fault("death", call=3))
+    assert codes[1] == 1
+    log = (tmp_path / "run" / "logs" / "rank-1.log").read_text()
+    assert "[rank 1] ended after step 1" in log
+    assert "MemoryError: rank 1 has run out of memory" in log
+    assert "rank 1 on" in log
+    assert "[rank 0]" in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    assert not list((tmp_path / "run").glob("*rank-1*"))
+
+
+def test_a_monitor_leaves_no_handler_behind(tmp_path: Path) -> None:
+    with Monitor(tmp_path, start=0, total=1, title="x", rank=3) as monitor:
+        monitor.say("quiet")
+        log: Any = monitor.log
+    assert log.handlers == []
+    assert "quiet" in (tmp_path / "logs" / "rank-3.log").read_text()
+    assert not (tmp_path / METRICS_FILE).exists()
+    assert logging.getLogger("shine.training.rank3") is log
