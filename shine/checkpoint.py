@@ -1,8 +1,6 @@
-"""Hypernetworks on disk: our directories, and the published three-file ones.
+"""Hypernetworks on disk: our directories, and the published three-file ones wherever a checkpoint is asked for.
 
-Ours holds ``config.json`` (written last) and ``hypernetwork.safetensors``. A released directory holds ``mem_tokens.pt``,
-``metanetwork.pth`` and ``metalora.pth`` and no configuration: heads, scale, layout and which attention comes first cannot be
-read off its tensors and come from the experiment's configuration.
+Ours holds ``config.json`` (written last) and ``hypernetwork.safetensors``. For the others see `shine.released`.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,21 +24,10 @@ import shine
 from shine.backbone import Backbone
 from shine.config import BackboneConfig, HypernetworkConfig, parse
 from shine.hypernetwork import Hypernetwork
+from shine.released import RELEASED_FILES, is_released, read_released
 
 FORMAT = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "hypernetwork.safetensors"
-RELEASED_FILES = ("mem_tokens.pt", "metanetwork.pth", "metalora.pth")
-_RELEASED_LAYER = {
-    "self_attn.in_proj_weight": "qkv.weight",
-    "self_attn.in_proj_bias": "qkv.bias",
-    "self_attn.out_proj.weight": "out.weight",
-    "self_attn.out_proj.bias": "out.bias",
-    "linear1.weight": "up.weight",
-    "linear1.bias": "up.bias",
-    "linear2.weight": "down.weight",
-    "linear2.bias": "down.bias",
-}
-_RELEASED_META = {"attention": "qkvo", "mlp": ("gate", "up", "down")}
 
 
 @dataclass(frozen=True)
@@ -77,11 +63,6 @@ def find_checkpoint(path: str | Path) -> Path:
 def _age(directory: Path) -> tuple[bool, int]:
     number = re.search(r"-(\d+)$", directory.name)
     return directory.name == "final", int(number[1]) if number else -1
-
-
-def is_released(path: Path) -> bool:
-    """Whether this is a directory in the published three-file format."""
-    return all((path / name).exists() for name in RELEASED_FILES)
 
 
 def read_info(path: str | Path) -> CheckpointInfo | None:
@@ -162,7 +143,7 @@ def load_hypernetwork(
     if info is None and config is None:
         raise ValueError(f"{directory}: a released checkpoint has no configuration: name the experiment it was trained with")
     hypernetwork = Hypernetwork(info.hypernetwork if info is not None else config or HypernetworkConfig(), backbone)
-    tensors = read_released(directory) if info is None else _read_safetensors(directory / WEIGHTS_FILE)
+    tensors = read_weights(directory)
     remedy = "set the ranks, depth and targets it was trained with"
     if info is not None:
         remedy = f"it was trained on backbone {info.backbone.path}: set backbone=... or backbone.path=... to that model"
@@ -176,61 +157,16 @@ def load_hypernetwork(
     return hypernetwork.to(backbone.device)
 
 
-def read_released(directory: Path) -> dict[str, Tensor]:
-    """The tensors of a released directory under our names. Nothing is unpickled but tensors and plain containers.
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under our names, ours or released, without a backbone.
 
     Raises:
-        ValueError: a file is damaged, or holds something else than weights.
+        ValueError: there is none, or it is damaged.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, rename in zip(RELEASED_FILES, (_memory_names, _network_names, _meta_names), strict=True):
-        file = directory / name
-        content = _unpickle_weights(file)
-        try:
-            found = rename(content)
-        except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
-            raise ValueError(f"{file}: not laid out as released ({type(error).__name__}: {error}); download it again") from None
-        odd = next((key for key, value in found.items() if not isinstance(value, Tensor)), None)
-        if odd is not None:
-            raise ValueError(f"{file}: {odd} is not a tensor but a {type(found[odd]).__name__}; download it again")
-        tensors |= {key: value.detach() for key, value in found.items()}
-    return tensors
-
-
-def _memory_names(content: Any) -> dict[str, Any]:
-    return {"memory_tokens": content}
-
-
-def _network_names(content: Any) -> dict[str, Any]:
-    return {"m2p." + _released_name(name): tensor for name, tensor in content.items()}
-
-
-def _meta_names(content: Any) -> dict[str, Any]:
-    return {
-        f"meta_lora.layers.{layer}.{name}_proj.{letter}": dict(dict(dict(groups)[group])[name])[letter]
-        for layer, groups in content.items()
-        for group, names in _RELEASED_META.items()
-        for name in names
-        for letter in "AB"
-    }
-
-
-def _released_name(name: str) -> str:
-    if not name.startswith("transformer_layers."):
-        return {"layer_pe": "layer_embedding", "token_pe": "token_embedding"}.get(name, name)
-    _, index, rest = name.split(".", 2)
-    return f"layers.{index}.{_RELEASED_LAYER.get(rest, rest)}"
-
-
-def _unpickle_weights(file: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files make the unpickler raise nearly anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{file}: not a file of plain weights ({reason}); download it again from its source") from None
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    directory = find_checkpoint(path)
+    if is_released(directory):
+        return read_released(directory)
+    file = directory / WEIGHTS_FILE
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:

@@ -24,12 +24,14 @@ from shine.checkpoint import (
     find_checkpoint,
     load_hypernetwork,
     read_info,
-    read_released,
+    read_weights,
     save_hypernetwork,
     written_beside,
 )
+from shine.cli.main import main
 from shine.config import BackboneConfig, HypernetworkConfig, M2PConfig, TaskTokens
 from shine.hypernetwork import Hypernetwork
+from shine.released import read_released, write_released
 
 FIXTURE = Path(__file__).parent / "fixtures" / "tiny_qwen3"
 RELEASED = ("mem_tokens.pt", "metanetwork.pth", "metalora.pth")
@@ -422,3 +424,42 @@ def test_the_info_of_another_stage_is_told_apart(tmp_path: Path, hypernetwork: H
         info = replace(INFO, stages=stages)
         save_hypernetwork(tmp_path, hypernetwork.state_dict(), info)
         assert read_info(tmp_path) == info
+
+
+def test_a_checkpoint_of_ours_can_leave_in_the_published_format(tmp_path: Path, backbone: Backbone) -> None:
+    """Exactly: the same tensors come back, in files laid out as the released ones are."""
+    theirs = Path(__file__).parent / "fixtures" / "tiny_qwen3" / "reference_checkpoint"
+    write_released(tmp_path / "again", read_released(theirs))
+    for name in RELEASED:
+        first, second = (torch.load(folder / name, weights_only=True) for folder in (theirs, tmp_path / "again"))
+        assert flat(first).keys() == flat(second).keys()
+        for key, value in flat(first).items():
+            assert torch.equal(value, flat(second)[key]) if isinstance(value, torch.Tensor) else value is flat(second)[key]
+    hypernetwork = Hypernetwork(CONFIG, backbone)
+    write_released(tmp_path / "ours", hypernetwork.state_dict())
+    loaded = load_hypernetwork(tmp_path / "ours", backbone, config=CONFIG)
+    for name, tensor in hypernetwork.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(content, dict):
+        return {prefix: content}
+    return {key: value for name, inner in content.items() for key, value in flat(inner, f"{prefix}.{name!r}").items()}
+
+
+def test_the_published_format_has_no_place_for_other_linears(tmp_path: Path) -> None:
+    backbone = Backbone(tiny_model(), targets=("q_proj", "v_proj"))
+    hypernetwork = Hypernetwork(tiny_hypernetwork_config(targets=("q_proj", "v_proj")), backbone)
+    with pytest.raises(ValueError, match="has all seven linears"):
+        write_released(tmp_path / "x", hypernetwork.state_dict())
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_command_writes_the_published_format(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["release", str(saved), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
+    ours = read_weights(saved)
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in read_released(tmp_path / "out").items())
+    assert main(["release", str(saved), str(tmp_path / "out")]) == 2
+    assert "mem_tokens.pt is there already; name another folder" in capsys.readouterr().err

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from shine.backbone import Backbone
 from shine.chat import IGNORE
-from shine.checkpoint import load_hypernetwork, read_released
+from shine.checkpoint import load_hypernetwork
 from shine.config import HypernetworkConfig, M2PConfig
 from shine.hypernetwork import Hypernetwork
 from shine.lora import LoRALayout
+from shine.released import read_released
 
 FIXTURE = Path(os.environ.get("SHINE_PARITY_DIR", Path(__file__).parent / "fixtures" / "tiny_qwen3"))
 CLOSE = {"atol": 2e-5, "rtol": 0.0}

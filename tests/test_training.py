@@ -21,11 +21,12 @@ from runs import GOLDEN, WORLDS, losses_of, stage_config, train_config
 from safetensors.torch import load_file
 
 from shine.backbone import Backbone
-from shine.checkpoint import load_hypernetwork, read_info, read_released
+from shine.checkpoint import load_hypernetwork, read_info
 from shine.config import BackboneConfig, DataConfig, HypernetworkConfig, M2PConfig, SourceConfig, TaskTokens, TrainConfig, parse
 from shine.data.batching import collate
 from shine.data.samples import build_samples
 from shine.data.sources import read_source
+from shine.released import read_released
 from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE
 from shine.training.state import step_directories

@@ -22,6 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="shine", description="A context becomes a LoRA.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_fetch(commands)
+    _add_release(commands)
     return parser
 
 
@@ -42,6 +43,30 @@ def _fetch(args: argparse.Namespace) -> None:
     from shine.zoo import fetch
 
     print(fetch(args.name))
+
+
+def _add_release(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "release",
+        help="write a hypernetwork in the published three-file format",
+        description="Write a checkpoint as mem_tokens.pt, metanetwork.pth and metalora.pth, for code that reads these.",
+        epilog="example:\n  shine release outputs/mqa checkpoints/mine/iftpwc/checkpoint-epoch-2",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, or a checkpoint in it")
+    parser.add_argument("folder", metavar="FOLDER", help="where to write; made if it is not there")
+    parser.set_defaults(run=_release)
+
+
+def _release(args: argparse.Namespace) -> None:
+    from shine.checkpoint import output_folder, read_weights
+    from shine.released import RELEASED_FILES, write_released
+
+    folder = output_folder(args.folder)
+    if there := [name for name in RELEASED_FILES if (folder / name).exists()]:
+        raise ValueError(f"{folder}: {there[0]} is there already; name another folder")
+    write_released(folder, read_weights(args.checkpoint))
+    print(folder)
 
 
 if __name__ == "__main__":
