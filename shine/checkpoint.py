@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 import shine
 from shine.backbone import Backbone
 from shine.config import BackboneConfig, HypernetworkConfig, parse
+from shine.fingerprint import Fingerprint
 from shine.hypernetwork import Hypernetwork
 from shine.released import RELEASED_FILES, is_released, read_released
 
@@ -32,11 +33,21 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "hypernetwork.safetensors"
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a directory of ours says about itself: enough to load it without the configuration that trained it."""
+    """What a directory of ours says about itself: enough to load it without the configuration that trained it.
+
+    Attributes:
+        backbone: how the backbone was loaded.
+        hypernetwork: ranks, layout, targets, depth.
+        stages: those behind it, oldest first.
+        fingerprint: of the backbone it was trained on.
+        revision: the hub's commit of that backbone, where it came from there.
+    """
 
     backbone: BackboneConfig
     hypernetwork: HypernetworkConfig
     stages: tuple[str, ...] = ()
+    fingerprint: Fingerprint | None = None
+    revision: str | None = None
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -84,7 +95,7 @@ def read_info(path: str | Path) -> CheckpointInfo | None:
     if values.get("format") != FORMAT:
         raise ValueError(f"{file}: format {values.get('format')!r}, this version of shine reads {FORMAT}: upgrade shine")
     try:
-        return parse(CheckpointInfo, {key: values[key] for key in ("backbone", "hypernetwork", "stages")})
+        return parse(CheckpointInfo, {field.name: values[field.name] for field in fields(CheckpointInfo)})
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -123,16 +134,13 @@ def save_hypernetwork(
     (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def load_hypernetwork(
-    path: str | Path, backbone: Backbone, *, config: HypernetworkConfig | None = None, trained_on: BackboneConfig | None = None
-) -> Hypernetwork:
+def load_hypernetwork(path: str | Path, backbone: Backbone, *, config: HypernetworkConfig | None = None) -> Hypernetwork:
     """The hypernetwork in a checkpoint directory, on the backbone's device.
 
     Args:
         path: ours or a released directory, or a folder of such; see `find_checkpoint`.
         backbone: the model it was trained for.
         config: what a released directory does not record; a directory of ours knows its own.
-        trained_on: how the backbone was loaded, to be compared with what a directory of ours says it was trained on.
 
     Raises:
         ValueError: nothing to load, a released directory without ``config``, or a tensor that does not fit: the message
@@ -148,13 +156,39 @@ def load_hypernetwork(
     if info is not None:
         remedy = f"it was trained on backbone {info.backbone.path}: set backbone=... or backbone.path=... to that model"
     _check_shapes(hypernetwork, tensors, directory, remedy=remedy)
-    if info is not None and trained_on is not None and info.backbone.task_tokens != trained_on.task_tokens:
-        raise ValueError(
-            f"{directory} was trained on backbone {info.backbone.path} with backbone.task_tokens "
-            f"{asdict(info.backbone.task_tokens)}, now they are {asdict(trained_on.task_tokens)}: set them as they were"
-        )
     hypernetwork.load_state_dict(tensors)
     return hypernetwork.to(backbone.device)
+
+
+def check_backbone(path: str | Path, *, config: BackboneConfig, found: Fingerprint) -> None:
+    """Make sure that a checkpoint of ours meets the backbone it was trained on; a released one does not say which.
+
+    Args:
+        config: how the backbone was loaded.
+        found: its fingerprint.
+
+    Raises:
+        ValueError: it is another one, or a variant without ``allow_variant``, or other tokens stand for the tasks.
+    """
+    directory = find_checkpoint(path)
+    info = read_info(directory)
+    if info is None:
+        return
+    trained = f"{directory} was trained on backbone {info.backbone.path}"
+    if info.backbone.task_tokens != config.task_tokens:
+        raise ValueError(
+            f"{trained} with backbone.task_tokens {asdict(info.backbone.task_tokens)}, now they are {asdict(config.task_tokens)}: "
+            "set them as they were"
+        )
+    if info.fingerprint is not None and info.fingerprint != found:
+        both = f"{trained} (fingerprint {info.fingerprint}), and {config.path} is another ({found})"
+        if not found.is_variant_of(info.fingerprint):
+            raise ValueError(f"{both}: set backbone=... or backbone.path=... to the model it was trained on")
+        if not config.allow_variant:
+            raise ValueError(
+                f"{both}: the same architecture and vocabulary with other weights, quantised, dequantised or tuned; use the one "
+                "it was trained on, or backbone.allow_variant=true to try this one"
+            )
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

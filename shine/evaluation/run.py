@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from shine.backbone import Backbone
-from shine.checkpoint import effective_config, find_checkpoint, introduce, load_hypernetwork, output_folder
+from shine.checkpoint import check_backbone, effective_config, find_checkpoint, introduce, load_hypernetwork, output_folder
 from shine.config import EvaluationConfig, MethodName, StageName
 from shine.data.examples import Example
 from shine.data.samples import CutTally
@@ -19,6 +19,7 @@ from shine.data.sources import look_into, read_named
 from shine.evaluation import pretraining, qa
 from shine.evaluation.methods import Method
 from shine.evaluation.tables import answer_table, recall_table, show
+from shine.fingerprint import fingerprint
 from shine.zoo import load_backbone
 
 PREDICTIONS_FILE, SUMMARY_FILE = "predictions.jsonl", "summary.json"
@@ -89,7 +90,8 @@ def _method(name: MethodName, config: EvaluationConfig, backbone: Backbone, toke
     if name != "shine":
         return Method(name, backbone, tokenizer, config.prompts, assistant_prefix=config.backbone.baseline_prefix)
     assert config.checkpoint is not None
-    hypernetwork = load_hypernetwork(config.checkpoint, backbone, config=config.hypernetwork, trained_on=config.backbone)
+    hypernetwork = load_hypernetwork(config.checkpoint, backbone, config=config.hypernetwork)
+    check_backbone(config.checkpoint, config=config.backbone, found=fingerprint(backbone.model, tokenizer))
     return Method(name, backbone, tokenizer, config.prompts, hypernetwork=hypernetwork.eval())
 
 

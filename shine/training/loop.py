@@ -20,6 +20,7 @@ from shine.config import TrainConfig
 from shine.data.batching import SampleStream
 from shine.data.samples import CutTally, Sample, build_samples
 from shine.data.sources import look_into, read_named
+from shine.fingerprint import fingerprint
 from shine.training.distributed import Ranks, join_ranks
 from shine.training.guard import Guard
 from shine.training.monitor import Monitor
@@ -81,8 +82,10 @@ class _Run:
         self.config, self.stage, self.ranks, self.request = config, stage, ranks, request
         self.backbone, self.tokenizer = backbone, tokenizer
         self.output = Path(config.output).expanduser()
-        self.hypernetwork, before = start_hypernetwork(config, backbone, start=start)
-        self.info = CheckpointInfo(config.backbone, self.hypernetwork.config, (*before, stage.name))
+        found = fingerprint(backbone.model, tokenizer)
+        self.hypernetwork, before = start_hypernetwork(config, backbone, found=found, start=start)
+        stages, revision = (*before, stage.name), getattr(backbone.model.config, "_commit_hash", None)
+        self.info = CheckpointInfo(config.backbone, self.hypernetwork.config, stages, found, revision)
         if config.engine == "fsdp" and ranks.size > 1:
             shard(self.hypernetwork, ranks)
         self.optimizer = build_optimizer(self.hypernetwork, stage)

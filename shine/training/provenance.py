@@ -24,6 +24,7 @@ FREE = (
     "checkpoint",
     "from_scratch",
     "backbone.path",
+    "backbone.allow_variant",
     "backbone.device",
     "backbone.activation_checkpointing",
     "stage.micro_batch_size",

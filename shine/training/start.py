@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from shine.backbone import Backbone
-from shine.checkpoint import find_checkpoint, load_hypernetwork, output_folder, read_info
+from shine.checkpoint import check_backbone, find_checkpoint, load_hypernetwork, output_folder, read_info
 from shine.config import TrainConfig
+from shine.fingerprint import Fingerprint
 from shine.hypernetwork import Hypernetwork
 from shine.training.monitor import METRICS_FILE
 from shine.training.state import find_resume, step_directories
@@ -55,12 +56,15 @@ def holds_a_run(output: Path) -> bool:
     return bool((output / FINAL).exists() or step_directories(output) or (metrics.exists() and metrics.stat().st_size))
 
 
-def start_hypernetwork(config: TrainConfig, backbone: Backbone, *, start: Start) -> tuple[Hypernetwork, tuple[str, ...]]:
+def start_hypernetwork(
+    config: TrainConfig, backbone: Backbone, *, found: Fingerprint, start: Start
+) -> tuple[Hypernetwork, tuple[str, ...]]:
     """The hypernetwork in ``start`` (see `starting_point`) and the stages behind it; a random one only where that is none."""
     torch.manual_seed(config.seed)
     if start.directory is None:
         return Hypernetwork(config.hypernetwork, backbone).to(backbone.device), ()
     info = read_info(start.directory)
-    hypernetwork = load_hypernetwork(start.directory, backbone, config=config.hypernetwork, trained_on=config.backbone)
+    hypernetwork = load_hypernetwork(start.directory, backbone, config=config.hypernetwork)
+    check_backbone(start.directory, config=config.backbone, found=found)
     stages = info.stages if info is not None else ("released",)
     return hypernetwork, stages[:-1] if start.resumed else stages
