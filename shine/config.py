@@ -190,7 +190,8 @@ class TrainConfig:
         checkpoint: the previous stage's directory to start from; ``None`` starts the hypernetwork at random.
         from_scratch: let a QA stage start at random too, which otherwise needs a checkpoint.
         resume: continue from the ``latest`` step directory of this run, or from the one named here; ``auto`` is ``latest`` where
-            there is one and a fresh start where there is none, for jobs that a scheduler starts again.
+            there is one, a fresh start where there is none, and nothing where the run has ended: for jobs that a scheduler starts
+            again.
         allow_changes: let a resumed run differ from the one it continues in what changes the result.
         output: where the run writes.
         engine: how several ranks train together: ``ddp`` holds everything trainable on each, ``fsdp`` a part on each.

@@ -218,10 +218,22 @@ def test_auto_starts_where_there_is_nothing_to_resume(tiny_backbone_folder: str,
     stage = stage_config(steps=2)
     train(train_config(tiny_backbone_folder, tmp_path, stage=stage, resume="auto"))
     first = losses_of(tmp_path)
+    (tmp_path / "final" / "config.json").unlink()
     with (tmp_path / METRICS_FILE).open("a") as lines:
         lines.write('{"step": 9, "lo')
     train(train_config(tiny_backbone_folder, tmp_path, stage=stage, resume="auto"))
     assert losses_of(tmp_path) == pytest.approx(first)
+
+
+def test_auto_leaves_a_run_alone_that_has_ended(
+    tiny_backbone_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = train_config(tiny_backbone_folder, tmp_path, stage=stage_config(steps=3, save_every=1), resume="auto")
+    final = train(config)
+    before = (tmp_path / METRICS_FILE).read_bytes()
+    assert train(config) == final
+    assert f"{final} is there: this run has ended already" in capsys.readouterr().out
+    assert (tmp_path / METRICS_FILE).read_bytes() == before
 
 
 def test_the_best_checkpoint_stays(tiny_backbone_folder: str, tmp_path: Path) -> None:

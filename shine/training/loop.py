@@ -49,6 +49,11 @@ def train(config: TrainConfig) -> Path:
         # One rank looks, before any writes; what it refuses is said once.
         start = ranks.gather(starting_point(config, say=print) if ranks.first else None)[0]
         assert start is not None
+        if start.finished:
+            assert start.directory is not None
+            if ranks.first:
+                print(f"{start.directory} is there: this run has ended already", flush=True)
+            return start.directory
         if ranks.first:
             sweep(Path(config.output).expanduser())
             for line in introduce(start.directory, config.hypernetwork) if start.directory is not None else ():

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from shine.backbone import Backbone
-from shine.checkpoint import check_backbone, find_checkpoint, load_hypernetwork, output_folder, read_info
+from shine.checkpoint import CONFIG_FILE, check_backbone, find_checkpoint, load_hypernetwork, output_folder, read_info
 from shine.config import TrainConfig
 from shine.fingerprint import Fingerprint
 from shine.hypernetwork import Hypernetwork
@@ -21,10 +21,17 @@ FINAL = "final"
 
 @dataclass(frozen=True)
 class Start:
-    """The directory whose weights a run starts from, ``None`` for random ones, and whether it goes on with the run in there."""
+    """Where a run begins.
+
+    Attributes:
+        directory: whose weights it starts from; ``None`` for random ones.
+        resumed: it goes on with the run in there.
+        finished: there is nothing left to do; ``directory`` is the end.
+    """
 
     directory: Path | None = None
     resumed: bool = False
+    finished: bool = False
 
 
 def starting_point(config: TrainConfig, *, say: Callable[[str], None]) -> Start:
@@ -34,6 +41,8 @@ def starting_point(config: TrainConfig, *, say: Callable[[str], None]) -> Start:
         ValueError: a QA stage with neither, or a fresh run into a folder that holds another.
     """
     output = output_folder(config.output)
+    if config.resume == "auto" and (output / FINAL / CONFIG_FILE).exists():
+        return Start(output / FINAL, finished=True)
     if config.resume is not None:
         found = find_resume(config.resume, output, say=say)
         if found is not None:
