@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from shine.evaluation.plots import draw_report
 from shine.evaluation.run import PREDICTIONS_FILE, evaluate
 from shine.evaluation.tables import TITLES
 from shine.training.loop import train
+from shine.training.stop import StoppedError
 from shine.zoo import ASSETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,4 +99,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (StoppedError, KeyboardInterrupt):
+        sys.exit("stopped; make demo starts it again from the beginning")

@@ -76,6 +76,11 @@ def _age(directory: Path) -> tuple[bool, int]:
     return directory.name == "final", int(number[1]) if number else -1
 
 
+def is_unfinished(directory: Path) -> bool:
+    """Whether this is a step of a run, or its best so far, rather than its end."""
+    return bool(re.fullmatch(r"(step|best)-\d+", directory.name))
+
+
 def read_info(path: str | Path) -> CheckpointInfo | None:
     """What the checkpoint says about itself; ``None`` for a released directory, which says nothing.
 
@@ -111,8 +116,8 @@ def introduce(directory: Path, config: HypernetworkConfig) -> list[str]:
     info = read_info(directory)
     stages = "released" if info is None else ", ".join(info.stages) or "no stage recorded"
     lines = [f"hypernetwork: {directory} (stages: {stages})"]
-    if (directory / "training_state.pt").exists():
-        lines.append(f"this is a step of an unfinished run, not its end: {directory}")
+    if is_unfinished(directory):
+        lines.append(f"this is a step of a run, not its end: {directory}")
     if info is not None and info.hypernetwork != config:
         lines.append(f"the hypernetwork is as it was trained, not as configured: {info.hypernetwork}")
     return lines

@@ -16,6 +16,7 @@ _STRICT = ConfigDict(extra="forbid")
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 NotNegative = Annotated[float, Field(ge=0)]
 StageName = Literal["pretrain", "mqa", "1qa"]
 MethodName = Literal["shine", "in_context", "only_question"]
@@ -194,7 +195,8 @@ class TrainConfig:
             again.
         allow_changes: let a resumed run differ from the one it continues in what changes the result.
         output: where the run writes.
-        engine: how several ranks train together: ``ddp`` holds everything trainable on each, ``fsdp`` a part on each.
+        engine: how several ranks train together: ``ddp`` holds everything trainable on each, ``fsdp`` a part on each,
+            gathered whole within a step.
     """
 
     backbone: BackboneConfig
@@ -207,7 +209,7 @@ class TrainConfig:
     from_scratch: bool = False
     resume: str | None = None
     allow_changes: bool = False
-    seed: int = 42
+    seed: Seed = 42
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -256,7 +258,7 @@ class EvaluationConfig:
     max_new_tokens: Positive = 64
     history: Literal["own", "gold"] = "own"
     lengths: tuple[Positive, ...] = (100, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1100)
-    seed: int = 42
+    seed: Seed = 42
 
     def __post_init__(self) -> None:
         if list(self.lengths) != sorted(set(self.lengths)):

@@ -332,7 +332,9 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"backbone.device={name}: set it to auto, cpu, cuda or cuda:N") from None
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"backbone.device={name}: set it to auto, cpu, cuda or cuda:N")
+    if device.type == "cpu":
         return device
     index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
     count = torch.cuda.device_count()

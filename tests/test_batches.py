@@ -75,6 +75,13 @@ def test_unusable_samples_are_replaced_by_those_that_follow() -> None:
         assert sorted(found[start : start + 4]) == ["0", "2", "3", "5"]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_one_usable_sample_is_enough(seed: int) -> None:
+    """It may come first in one epoch and last in the next."""
+    stream = SampleStream(named(20, unusable=range(1, 20)), 3, seed)
+    assert [sample.id for _ in range(3) for sample in next(stream)] == ["0"] * 9
+
+
 def test_when_no_sample_is_usable_the_stream_ends_with_an_error() -> None:
     stream = SampleStream(named(4, unusable=range(4)), batch_size=2, seed=0)
     with pytest.raises(ValueError, match=r"no sample is usable: .*no label left.*conversation_length"):

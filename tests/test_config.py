@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import FrozenInstanceError, is_dataclass
 from pathlib import Path
@@ -367,6 +368,18 @@ def test_data_paths_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     paths = [source["path"] for source in values_of("train", "stage=mqa")["data"]["train"].values()]
     assert paths
     assert all(path.startswith("/elsewhere/") for path in paths)
+
+
+def test_every_command_of_the_readme_composes() -> None:
+    """Its Hydra commands, with the placeholders filled in."""
+    text = (CONFIGS.parent / "README.md").read_text()
+    commands = re.findall(r"^python (train|test_pretrain|test_pwc|test)\.py +(.*?)(?: *#.*)?$", text, re.MULTILINE)
+    assert len(commands) >= 10
+    for door, overrides in commands:
+        filled = re.sub(r"<.*?>", "data", overrides).split()
+        config = composed(door, *filled)
+        if door == "train" and config.stage.name == "pretrain" and "data.train.transmla.path=data" in filled:
+            assert config.data.validation["transmla"].path == "data"
 
 
 def missing_keys(kind: Any, values: Mapping[str, Any], prefix: str = "") -> list[str]:

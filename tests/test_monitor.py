@@ -114,6 +114,8 @@ def test_other_ranks_show_nothing_and_log_what_they_die_of(
     stage = stage_config("mqa", micro_batch_size=1, steps=4)
     codes = run_ranks(2, tiny_backbone_folder, tmp_path / "run", stage=stage, fault=Fault("death", call=3))
     assert codes[1] == 1
+    shown = capfd.readouterr()
+    assert "parameters:" not in shown.out + shown.err
     log = (tmp_path / "run" / "logs" / "rank-1.log").read_text()
     assert "[rank 1] ended after step 1" in log
     assert "MemoryError: rank 1 has run out of memory" in log

@@ -265,8 +265,13 @@ def test_an_unknown_kind_gets_the_list_of_kinds() -> None:
     ("kind", "options"), [("squad", {"cloze": True}), ("race", {"clozed": True}), ("worlds", {"count": 1, "seeds": 2})]
 )
 def test_an_unknown_option_is_named(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"'{kind}'.*{list(options)[-1]}"):
+    with pytest.raises(ValueError, match=f"options.{list(options)[-1]}: a '{kind}' source does not take it"):
         read(kind, tmp_path, options=options)
+
+
+def test_a_needed_option_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"options\.seed: missing; a 'worlds' source needs it"):
+        read("worlds", tmp_path, options={"count": 3})
 
 
 def shared(folder: str) -> Path:

@@ -134,14 +134,22 @@ def test_a_signal_lets_the_step_finish(
     assert losses_of(tmp_path / "stopped") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-6)
 
 
-def test_a_second_interrupt_does_not_wait() -> None:
+def test_a_signal_before_the_first_step_stops_at_once() -> None:
+    with stop_requests(), pytest.raises(StoppedError, match="SIGTERM: stopped before the first step") as stopped:
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.signal_number == signal.SIGTERM
+
+
+def test_a_second_interrupt_does_not_wait(capfd: pytest.CaptureFixture[str]) -> None:
     with stop_requests() as request:
+        request.patient = True
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         assert request.signal_number == signal.SIGINT
         request._since -= 2
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    assert "SIGINT: finishing this step and saving; Ctrl-C again stops at once" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -256,7 +264,8 @@ def test_a_guard_skips_what_is_not_finite_and_what_is_a_spike() -> None:
     with pytest.raises(ValueError, match=r"3 steps in a row .*learning rate 0\.001, warm-up 3 steps.*larger stage\.warmup_steps"):
         guard.check(learning_rate=1e-3)
     again = Guard(guard.stage, **guard.state())
-    assert (again.verdict(1.0, 1.0), again.skipped, again.in_a_row) == (None, 3, 0)
+    assert (again.skipped, again.in_a_row) == (3, 0)
+    assert again.verdict(1.0, 1.0) is None
     assert list(again.norms) == [50.0, 1.2, 0.8, 1.0]
 
 
@@ -270,3 +279,122 @@ def test_a_run_of_bad_numbers_ends_with_advice(tiny_backbone_folder: str, tmp_pa
     rows = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(len(row["samples"]) == 4 and row["reason"] == NOT_FINITE for row in rows)
+
+
+def test_going_on_from_an_earlier_step_sets_the_later_ones_aside(
+    tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is saved then is the newest, whatever the abandoned run had saved, and its end is no end of this one."""
+    stage = stage_config(steps=12, save_every=2, keep=5, evaluate_every=4, evaluation_batches=1)
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage))
+    earlier = str(tmp_path / "step-000004")
+    with asked_to_stop(monkeypatch, number=signal.SIGTERM, after=3), pytest.raises(StoppedError, match="saved after step 7"):
+        train(train_config(tiny_backbone_folder, tmp_path, stage=stage, resume=earlier))
+    assert [path.name for path in step_directories(tmp_path)] == ["step-000002", "step-000004", "step-000006", "step-000007"]
+    assert not (tmp_path / "final").exists()
+    assert {"final", "step-000008", "step-000010"} <= {path.name for path in (tmp_path / "abandoned").iterdir()}
+    said = capsys.readouterr()
+    assert f"what lay after that step is in {tmp_path / 'abandoned'}" in said.out + said.err
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage, resume="auto"))
+    assert (tmp_path / "final").exists()
+
+
+def test_a_changed_weight_decay_takes_effect(tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shine.training import loop
+
+    stage = stage_config(steps=4, save_every=2)
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage))
+    seen: list[list[float]] = []
+    real = loop.training_step
+
+    def spy(*args: Any, optimizer: torch.optim.Optimizer, **options: Any) -> Any:
+        seen.append([group["weight_decay"] for group in optimizer.param_groups])
+        return real(*args, optimizer=optimizer, **options)
+
+    monkeypatch.setattr(loop, "training_step", spy)
+    changed = {"stage": replace(stage, weight_decay=0.5), "resume": "latest", "allow_changes": True}
+    train(train_config(tiny_backbone_folder, tmp_path, **changed))
+    assert seen == [[0.5, 0.0]] * 2
+
+
+def test_a_run_that_died_before_its_first_save_says_how_to_go_on(
+    tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each remedy that is named works."""
+    from shine.training import loop
+
+    def die(*_args: Any, **_options: Any) -> Any:
+        raise MemoryError
+
+    stage = stage_config(steps=3)
+    real = loop.training_step
+    monkeypatch.setattr(loop, "training_step", lambda *a, **o: die() if (tmp_path / METRICS_FILE).stat().st_size else real(*a, **o))
+    with pytest.raises(MemoryError):
+        train(train_config(tiny_backbone_folder, tmp_path, stage=stage))
+    monkeypatch.setattr(loop, "training_step", real)
+    with pytest.raises(ValueError, match=r"holds another run: .*start afresh in it with resume=auto"):
+        train(train_config(tiny_backbone_folder, tmp_path, stage=stage))
+    with pytest.raises(ValueError, match=r"holds no whole step directory; .*resume=auto"):
+        train(train_config(tiny_backbone_folder, tmp_path, stage=stage, resume="latest"))
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage, resume="auto"))
+    assert len(losses_of(tmp_path)) == 3
+
+
+def test_a_stage_does_not_start_from_one_that_has_not_ended(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    first = stage_config(steps=4, save_every=2, evaluate_every=2, evaluation_batches=1)
+    train(train_config(tiny_backbone_folder, tmp_path / "first", stage=first))
+    (tmp_path / "first" / "final" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"that run has not ended; finish it, or name a step of it, checkpoint=.*first/"):
+        train(train_config(tiny_backbone_folder, tmp_path / "next", checkpoint=str(tmp_path / "first")))
+    step = str(tmp_path / "first" / "step-000002")
+    train(train_config(tiny_backbone_folder, tmp_path / "next", stage=stage_config(steps=1), checkpoint=step))
+
+
+def test_a_step_of_another_run_does_not_write_over_this_one(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    stage = stage_config(steps=3, save_every=2)
+    for name in ("one", "two"):
+        train(train_config(tiny_backbone_folder, tmp_path / name, stage=stage))
+    before = (tmp_path / "two" / METRICS_FILE).read_bytes()
+    with pytest.raises(ValueError, match=r"is not a step of the run in output=.*two: choose another output folder"):
+        train(train_config(tiny_backbone_folder, tmp_path / "two", stage=stage, resume=str(tmp_path / "one" / "step-000002")))
+    assert (tmp_path / "two" / METRICS_FILE).read_bytes() == before
+
+
+def test_a_line_that_no_run_wrote_is_named(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    stage = stage_config(steps=3, save_every=2)
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage))
+    (tmp_path / METRICS_FILE).write_text("garbage\n" + (tmp_path / METRICS_FILE).read_text())
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: not a line that a run wrote; delete it"):
+        train(train_config(tiny_backbone_folder, tmp_path, stage=stage, resume="latest"))
+
+
+def test_a_resumed_run_remembers_where_it_came_from(
+    tiny_backbone_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train(train_config(tiny_backbone_folder, tmp_path / "first", stage=stage_config("pretrain", steps=1)))
+    values = {"stage": stage_config(steps=4, save_every=2), "checkpoint": str(tmp_path / "first")}
+    train(train_config(tiny_backbone_folder, tmp_path / "next", **values))
+    capsys.readouterr()
+    train(train_config(tiny_backbone_folder, tmp_path / "next", resume="latest", **values))
+    said = capsys.readouterr()
+    assert "changed:" not in (said.out + said.err).replace("changed: what lay after", "")
+    recorded = json.loads((tmp_path / "next" / "step-000002" / "run.json").read_text())["config"]["checkpoint"]
+    assert recorded == str(first)
+
+
+def test_training_goes_on_past_a_spike(tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shine.training import step
+
+    calls, real = [0], step.label_losses
+
+    def label_losses(*args: Any) -> Any:
+        calls[0] += 1
+        losses, right = real(*args)
+        return losses * (1000 if calls[0] == 13 else 1), right
+
+    monkeypatch.setattr(step, "label_losses", label_losses)
+    stage = stage_config(steps=10, spike_window=4, spike_factor=20.0, micro_batch_size=2)
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage))
+    rows = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["reason"]) for row in rows] == [(7, SPIKE)]
+    assert [row["skipped_steps"] for row in measured(tmp_path) if "skipped_steps" in row] == [0] * 6 + [1] * 4

@@ -99,7 +99,7 @@ def test_a_fresh_run_does_not_mix_with_another(tiny_backbone_folder: str, tmp_pa
     config = train_config(tiny_backbone_folder, tmp_path, stage=stage_config(steps=1))
     train(config)
     before = (tmp_path / METRICS_FILE).read_bytes()
-    with pytest.raises(ValueError, match=r"holds another run.*resume=latest"):
+    with pytest.raises(ValueError, match=r"holds another run: choose another folder, or delete it$"):
         train(config)
     assert (tmp_path / METRICS_FILE).read_bytes() == before
 
@@ -176,7 +176,7 @@ def test_epochs_count_the_data(tiny_backbone_folder: str, tmp_path: Path, capsys
     train(train_config(tiny_backbone_folder, tmp_path, stage=stage, data=data))
     assert len(losses_of(tmp_path)) == 9
     said = capsys.readouterr()
-    assert "7 samples (2.57 passes over them)" in said.out + said.err
+    assert "7 samples of worlds (2.57 passes over them)" in said.out + said.err
 
 
 def test_what_was_cut_is_said_while_and_after_training(
@@ -243,7 +243,7 @@ def test_a_run_that_never_got_anywhere_does_not_lock_its_folder(tiny_backbone_fo
     ("changes", "remedy"),
     [
         ({"checkpoint": "nowhere"}, "nowhere: no such checkpoint directory"),
-        ({"resume": "latest"}, "start without resume"),
+        ({"resume": "latest"}, "start afresh with resume=auto"),
         ({"resume": "nowhere"}, "not a whole step directory"),
         ({"data": DataConfig(train={})}, "no sample for stage mqa"),
         ({"data": DataConfig(train={"x": SourceConfig(kind="squad", path="nowhere")})}, "nowhere: no such file or folder"),

@@ -32,9 +32,11 @@ def run_door(kind: type[T], values: object, action: Callable[[T], Any]) -> None:
             raise
         _give_up(str(error))
     except OSError as error:
-        if error.filename is None:
-            raise
-        _give_up(f"{error.filename}: {error.strerror}; choose another place, or make this one readable and writable")
+        place = "" if error.filename is None else f"{error.filename}: "
+        _give_up(f"{place}{error.strerror or error}; choose another place, or make room and permission in this one")
+    except KeyboardInterrupt:
+        print("stopped at once, without saving", file=sys.stderr, flush=True)
+        sys.exit(130)
     except StoppedError as stopped:
         print(stopped, file=sys.stderr, flush=True)
         sys.exit(128 + stopped.signal_number)

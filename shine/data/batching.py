@@ -105,7 +105,8 @@ class SampleStream:
             order = self._order()
             sample = self.samples.sample(order[self.offset], epoch=self.epoch)
             fruitless = 0 if sample is not None else fruitless + 1
-            if fruitless > len(self.samples):
+            # Each epoch has an order of its own: the same sample may come first in one and last in the next.
+            if fruitless > 2 * len(self.samples):
                 raise ValueError(f"no sample is usable: {self.samples.tally}; raise stage.conversation_length")
             if sample is not None:
                 batch.append(sample)

@@ -277,5 +277,8 @@ def build_samples(
         samples = AnswerSamples(examples, tokenizer, stage)
     if not len(samples):
         wanted = "text" if stage.name == "pretrain" else "question"
-        raise ValueError(f"no sample for stage {stage.name}: data.train is empty, or holds no {wanted}")
+        raise ValueError(
+            f"no sample for stage {stage.name}: data.train is empty, its skip leaves nothing, or it holds no {wanted} "
+            f"({samples.tally})"
+        )
     return samples

@@ -6,6 +6,7 @@ Folders are read in the layout the hub gives them (``hf download``), whatever is
 from __future__ import annotations
 
 import codecs
+import inspect
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,10 +26,14 @@ def read_source(config: SourceConfig) -> Iterator[Example]:
     """
     if config.kind not in READERS:
         raise ValueError(f"unknown data source {config.kind!r}: choose one of {', '.join(READERS)}")
-    try:
-        examples = READERS[config.kind](config, **config.options)
-    except TypeError as error:
-        raise ValueError(f"data source {config.kind!r} does not take these options: {error}") from None
+    taken = inspect.signature(READERS[config.kind]).parameters.values()
+    known = [option.name for option in taken if option.kind is inspect.Parameter.KEYWORD_ONLY]
+    needed = [option.name for option in taken if option.kind is inspect.Parameter.KEYWORD_ONLY and option.default is option.empty]
+    if unknown := sorted(set(config.options) - set(known)):
+        raise ValueError(f"options.{unknown[0]}: a {config.kind!r} source does not take it (it takes {', '.join(known) or 'none'})")
+    if missing := sorted(set(needed) - set(config.options)):
+        raise ValueError(f"options.{missing[0]}: missing; a {config.kind!r} source needs it")
+    examples = READERS[config.kind](config, **config.options)
     return itertools.islice(examples, config.skip, None if config.limit is None else config.skip + config.limit)
 
 

@@ -37,8 +37,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     output = output_folder(config.output)
     look_into(config.data.test, "data.test")
     config = with_checkpoint(config)
-    methods = load_methods(config)
     output.mkdir(parents=True, exist_ok=True)
+    methods = load_methods(config)
     if (output / SUMMARY_FILE).exists():
         print(f"replaces the evaluation in {output}", flush=True)
         # Before anything else: a run that fails leaves no old summary beside new predictions.

@@ -103,6 +103,8 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         yield Ranks()
         return
     cuda = torch.cuda.is_available() and device != "cpu"
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError(f"WORLD_SIZE={size} is set and LOCAL_RANK is not: start several ranks with torchrun, or unset WORLD_SIZE")
     local_rank = int(os.environ["LOCAL_RANK"])
     if cuda and local_rank >= torch.cuda.device_count():
         raise ValueError(f"{local_rank + 1} ranks on this machine and {torch.cuda.device_count()} GPUs: start fewer ranks")

@@ -23,14 +23,13 @@ class Guard:
             in a row are the end of the run.
         norms: the window of a run that is resumed.
         skipped: how many steps it had skipped in all.
-        in_a_row: how many of them were its last ones.
     """
 
-    def __init__(self, stage: StageConfig, *, norms: Iterable[float] = (), skipped: int = 0, in_a_row: int = 0) -> None:
+    def __init__(self, stage: StageConfig, *, norms: Iterable[float] = (), skipped: int = 0) -> None:
         self.stage = stage
         self.norms = deque(norms, maxlen=stage.spike_window)
         self.skipped = skipped
-        self.in_a_row = in_a_row
+        self.in_a_row = 0
 
     def verdict(self, loss: float, norm: float) -> str | None:
         """Why this step must not be taken; ``None`` when it may."""
@@ -52,13 +51,13 @@ class Guard:
         if self.in_a_row >= self.stage.most_skipped:
             raise ValueError(
                 f"{self.in_a_row} steps in a row had a loss or gradient that is not finite, or a spike (learning rate "
-                f"{learning_rate:.3g}, warm-up {self.stage.warmup_steps} steps): start again from the last good checkpoint with a "
-                "larger stage.warmup_steps, or a lower stage.learning_rate"
+                f"{learning_rate:.3g}, warm-up {self.stage.warmup_steps} steps): start again with a larger stage.warmup_steps or a "
+                "lower stage.learning_rate, or go on so from an earlier step directory: resume=<directory> allow_changes=true"
             )
 
     def state(self) -> dict[str, object]:
         """What a resumed run needs to go on judging alike: the arguments of a new guard."""
-        return {"norms": list(self.norms), "skipped": self.skipped, "in_a_row": self.in_a_row}
+        return {"norms": list(self.norms), "skipped": self.skipped}
 
     def _reason(self, loss: float, norm: float) -> str | None:
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -23,19 +23,17 @@ from shine.data.sources import look_into, read_named
 from shine.fingerprint import fingerprint
 from shine.training.distributed import Ranks, join_ranks
 from shine.training.guard import Guard
-from shine.training.monitor import Monitor
+from shine.training.monitor import BAD_STEPS_FILE, Monitor
 from shine.training.needs import estimate, matrix_rate
 from shine.training.optimizer import build_optimizer, learning_rate
 from shine.training.parallel import restore_optimizer, shard, synchronised, whole_optimizer, whole_weights
 from shine.training.provenance import differences, run_record, versions
 from shine.training.start import FINAL, Start, start_hypernetwork, starting_point
-from shine.training.state import RUN_FILE, RunState, load_state, plain, prune, restore_rng, rng_state, save_state, sweep
+from shine.training.state import RUN_FILE, RunState, load_state, plain, prune, restore_rng, rng_state, save_state, set_aside, sweep
 from shine.training.step import StepResult, training_step
 from shine.training.stop import StoppedError, StopRequest, stop_requests
 from shine.training.validation import Validation
 from shine.zoo import load_backbone
-
-BAD_STEPS_FILE = "bad_steps.jsonl"
 
 
 def train(config: TrainConfig) -> Path:
@@ -56,10 +54,11 @@ def train(config: TrainConfig) -> Path:
             return start.directory
         if ranks.first:
             sweep(Path(config.output).expanduser())
-            for line in introduce(start.directory, config.hypernetwork) if start.directory is not None else ():
+            for line in introduce(start.directory, config.hypernetwork) if start.directory and not start.resumed else ():
                 print(line, flush=True)
         shape = effective_config(start.directory, config.hypernetwork)
-        config = replace(config, hypernetwork=shape, checkpoint=None if start.directory is None else str(start.directory))
+        checkpoint = str(start.directory) if start.directory and not start.resumed else config.checkpoint
+        config = replace(config, hypernetwork=shape, checkpoint=checkpoint)
         look_into(config.data.train, "data.train")
         look_into(config.data.validation, "data.validation")
         with ranks.one_by_one():
@@ -117,6 +116,7 @@ class _Run:
             model = synchronised(self.hypernetwork, self.ranks, self.config.engine)
             for line in self._notes():
                 monitor.say(line)
+            self.request.patient = True
             try:
                 while self.step < self.total:
                     self._advance(model, monitor)
@@ -130,9 +130,12 @@ class _Run:
         device = self.backbone.device
         self.rate = matrix_rate(device, self.backbone.dtype)
         needs = estimate(self.config, self.backbone, self.hypernetwork, samples, steps=self.total, ranks=self.ranks.size)
-        self.flops_per_token = needs.flops_per_token
+        self.flops_per_token = needs.flops_per_token if needs is not None else math.nan
         passes = self.total * self.stage.batch_size / len(samples)
-        first = f"{len(samples):,} samples ({passes:.3g} passes over them), {memory} memory tokens"
+        sources = ", ".join(self.config.data.train)
+        first = f"{len(samples):,} samples of {sources} ({passes:.3g} passes over them), {memory} memory tokens"
+        if needs is None:
+            return first + "\nno sample looked at is usable: what the run will need cannot be said"
         return first + "\n" + needs.describe(rate=self.rate, ranks=self.ranks.size, device_type=device.type)
 
     def _cut_report(self) -> str:
@@ -192,10 +195,8 @@ class _Run:
     def _report_bad(self, result: StepResult, samples: list[Sample], monitor: Monitor) -> None:
         """Say that a step was not taken, and write down which samples it was made of."""
         monitor.say(f"step {self.step + 1}: {result.skipped}, not taken by any rank; its samples are in {BAD_STEPS_FILE}")
-        if self.ranks.first:
-            row = {"step": self.step + 1, "reason": result.skipped, "loss": result.loss, "gradient_norm": result.gradient_norm}
-            with (self.output / BAD_STEPS_FILE).open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps({**row, "samples": [sample.id for sample in samples]}) + "\n")
+        row = {"reason": result.skipped, "loss": result.loss, "gradient_norm": result.gradient_norm}
+        monitor.record_bad({**row, "samples": [sample.id for sample in samples]})
 
     def _evaluate(self, monitor: Monitor) -> None:
         scalars = self.validation.measure(self.hypernetwork)
@@ -262,6 +263,9 @@ class _Run:
         changed = [f"{name}: {old} -> {found.get(name)}" for name, old in record["versions"].items() if old != found.get(name)]
         if len(state.rng) != self.ranks.size:
             changed.append(f"ranks: {len(state.rng)} -> {self.ranks.size}")
+        later = set_aside(self.output, step=self.step) if self.ranks.first else []
+        if later:
+            changed.append(f"what lay after that step is in {self.output / 'abandoned'}: {', '.join(path.name for path in later)}")
         return [f"goes on after step {self.step:,} of {directory}", *(f"changed: {line}" for line in binding + free + changed)]
 
     def _finish(self) -> Path:

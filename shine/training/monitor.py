@@ -16,7 +16,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-METRICS_FILE, SAMPLES_FILE, LOG_FOLDER = "metrics.jsonl", "samples.jsonl", "logs"
+METRICS_FILE, SAMPLES_FILE, BAD_STEPS_FILE, LOG_FOLDER = "metrics.jsonl", "samples.jsonl", "bad_steps.jsonl", "logs"
 
 
 class Monitor:
@@ -44,6 +44,7 @@ class Monitor:
         self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=start)
         self.lines = _continued(output / METRICS_FILE, start).open("a", encoding="utf-8")
         self.samples = _continued(output / SAMPLES_FILE, start).open("a", encoding="utf-8")
+        self.bad_steps = _continued(output / BAD_STEPS_FILE, start)
         self.bar = tqdm(total=total, initial=start, desc=title, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
     def __enter__(self) -> Monitor:
@@ -91,6 +92,12 @@ class Monitor:
         elif any("/" in name and name.startswith("validation") for name in scalars):
             self.bar.write(line)
 
+    def record_bad(self, row: Mapping[str, object]) -> None:
+        """Write down a step that was not taken."""
+        if not self.quiet:
+            with self.bad_steps.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"step": self.done, **row}) + "\n")
+
     def show_answers(self, rows: Sequence[Mapping[str, str]]) -> None:
         """Write what the model says at this step, beside what it should have said, as text."""
         if self.quiet:
@@ -137,7 +144,14 @@ def _continued(file: Path, start: int) -> Path:
     if file.exists():
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
         shorter = file.with_name(f".{file.name}.partial")
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        kept = [line for n, line in enumerate(lines, start=1) if line.endswith("\n") and _step_of(line, f"{file}:{n}") <= start]
         shorter.write_text("".join(kept), encoding="utf-8")
         shorter.replace(file)
     return file
+
+
+def _step_of(line: str, place: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{place}: not a line that a run wrote; delete it to go on") from None

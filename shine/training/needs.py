@@ -68,16 +68,20 @@ class Needs:
 
 def estimate(
     config: TrainConfig, backbone: Backbone, hypernetwork: Hypernetwork, samples: StageSamples, *, steps: int, ranks: int
-) -> Needs:
-    """Needs of a run, from a look at up to 64 of its samples."""
+) -> Needs | None:
+    """Needs of a run, from a look at up to 64 of its samples; ``None`` where none of those was usable."""
     seen = _look_at(samples, 64)
+    if not seen:
+        return None
     stage = config.stage
     trained = sum(parameter.numel() for parameter in hypernetwork.parameters())
     frozen = sum(parameter.numel() for parameter in backbone.model.parameters())
-    parts = ranks if config.engine == "fsdp" else 1
-    # Weight, gradient and Adam's two moments, float32 each; DDP keeps the gradients of its buckets once more.
-    copies = 4 + (1 if ranks > 1 and config.engine == "ddp" else 0)
-    weights = frozen * backbone.model.dtype.itemsize + trained * 4 * copies // parts
+    # Weight, gradient and Adam's two moments, float32 each. DDP keeps the gradients of its buckets once more; FSDP gathers weights
+    # and gradients whole within a step.
+    copies = 4.0
+    if ranks > 1:
+        copies = 5 if config.engine == "ddp" else 2 + 4 / ranks
+    weights = frozen * backbone.model.dtype.itemsize + round(trained * 4 * copies)
     widest = max(sample.tokens for sample in seen)
     memory = hypernetwork.memory_tokens.shape[0]
     per_sample = _activation_bytes(backbone, hypernetwork, tokens=widest + memory, labels=max(s.label_count for s in seen))
@@ -116,10 +120,7 @@ def _look_at(samples: StageSamples, most: int) -> list[Sample]:
     found = [samples.sample(index, epoch=0) for index in range(0, len(samples), every)][:most]
     # What is only looked at is not drawn.
     samples.tally = tally
-    usable = [sample for sample in found if sample is not None]
-    if not usable:
-        raise ValueError(f"no sample of the {len(found)} looked at is usable; raise stage.conversation_length")
-    return usable
+    return [sample for sample in found if sample is not None]
 
 
 def _sample_flops(backbone: Backbone, hypernetwork: Hypernetwork, sample: Sample) -> float:

@@ -16,13 +16,11 @@ import transformers
 import shine
 from shine.config import TrainConfig
 
+SILENT = ("allow_changes", "checkpoint", "from_scratch", "resume")
+"""Keys that say how a run was started, which a resumed one was in another way."""
 FREE = (
-    "allow_changes",
     "engine",
     "output",
-    "resume",
-    "checkpoint",
-    "from_scratch",
     "backbone.path",
     "backbone.allow_variant",
     "backbone.device",
@@ -62,7 +60,11 @@ def versions() -> dict[str, str | None]:
 def git_revision() -> str | None:
     """The commit of the code that runs, with ``+changes`` where files differ from it; ``None`` outside a checkout."""
     try:
-        place = {"cwd": Path(shine.__file__).parent, "capture_output": True, "text": True, "check": True, "timeout": 10}
+        code = Path(shine.__file__).resolve().parents[1]
+        # Installed into a folder of somebody's repository, the code is not that repository's.
+        if not (code / ".git").exists():
+            return None
+        place = {"cwd": code, "capture_output": True, "text": True, "check": True, "timeout": 10}
         commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **place).stdout.strip()  # type: ignore[call-overload]
         changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **place).stdout  # type: ignore[call-overload]
     except (OSError, subprocess.SubprocessError):
@@ -76,7 +78,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
     free: list[str] = []
     binding: list[str] = []
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
+        if key not in SILENT and old.get(key) != new.get(key):
             line = f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
             (free if any(fnmatchcase(key, pattern) for pattern in FREE) else binding).append(line)
     return free, binding

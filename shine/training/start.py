@@ -9,7 +9,15 @@ from pathlib import Path
 import torch
 
 from shine.backbone import Backbone
-from shine.checkpoint import CONFIG_FILE, check_backbone, find_checkpoint, load_hypernetwork, output_folder, read_info
+from shine.checkpoint import (
+    CONFIG_FILE,
+    check_backbone,
+    find_checkpoint,
+    is_unfinished,
+    load_hypernetwork,
+    output_folder,
+    read_info,
+)
 from shine.config import TrainConfig
 from shine.fingerprint import Fingerprint
 from shine.hypernetwork import Hypernetwork
@@ -46,11 +54,20 @@ def starting_point(config: TrainConfig, *, say: Callable[[str], None]) -> Start:
     if config.resume is not None:
         found = find_resume(config.resume, output, say=say)
         if found is not None:
+            if found.absolute().parent != output.absolute() and holds_a_run(output):
+                raise ValueError(f"resume={found} is not a step of the run in output={output}: choose another output folder")
             return Start(found, resumed=True)
     elif holds_a_run(output):
-        raise ValueError(f"output={output} holds another run: choose another folder, go on with resume=latest, or delete it")
+        on = "go on with resume=latest" if step_directories(output) else "start afresh in it with resume=auto"
+        remedy = "choose another folder, or delete it" if (output / FINAL).exists() else f"choose another folder, {on}, or delete it"
+        raise ValueError(f"output={output} holds another run: {remedy}")
     if config.checkpoint is not None:
-        return Start(find_checkpoint(config.checkpoint))
+        found = find_checkpoint(config.checkpoint)
+        if is_unfinished(found) and found != Path(config.checkpoint).expanduser():
+            raise ValueError(
+                f"checkpoint={config.checkpoint}: that run has not ended; finish it, or name a step of it, checkpoint={found}"
+            )
+        return Start(found)
     if config.stage.name != "pretrain" and not config.from_scratch:
         raise ValueError(
             f"checkpoint: missing; stage {config.stage.name} starts from the stage before it, set checkpoint=<its output folder> "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from shine.checkpoint import CheckpointInfo, save_hypernetwork, written_beside
 
+_NUMBERED = re.compile(r"(step|best)-\d+")
 STATE_FILE, RUN_FILE, MANIFEST_FILE = "training_state.pt", "run.json", "manifest.json"
 
 
@@ -60,7 +62,9 @@ def save_state(
         run: the resolved configuration and what it ran on, see `shine.training.provenance`.
     """
     with written_beside(directory) as folder:
-        torch.save({name: getattr(state, name) for name in RunState.__dataclass_fields__}, folder / STATE_FILE)
+        # Opened here: torch's own writer hides that a disk is full behind a RuntimeError.
+        with (folder / STATE_FILE).open("wb") as stream:
+            torch.save({name: getattr(state, name) for name in RunState.__dataclass_fields__}, stream)
         (folder / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
         save_hypernetwork(folder, weights, info)
         manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
@@ -124,7 +128,7 @@ def find_resume(resume: str, output: Path, *, say: Callable[[str], None]) -> Pat
     if resume in ("latest", "auto"):
         directory = newest_whole(output, say=say)
         if directory is None and resume == "latest":
-            raise ValueError(f"resume=latest: {output} holds no whole step directory; start without resume, or name one")
+            raise ValueError(f"resume=latest: {output} holds no whole step directory; name one, or start afresh with resume=auto")
         return directory
     path = Path(resume).expanduser()
     problem = damage(path)
@@ -137,6 +141,22 @@ def prune(output: Path, *, keep: int) -> None:
     """Delete all but the newest ``keep`` step directories, each out of sight first: a kill leaves no half-deleted one behind."""
     for directory in step_directories(output)[:-keep]:
         shutil.rmtree(directory.rename(directory.with_name(f".{directory.name}.deleted")))
+
+
+def set_aside(output: Path, *, step: int) -> list[Path]:
+    """Move what lies after ``step`` in a run's folder, its end too, into ``abandoned/``: what goes on from there is another run.
+
+    Returns:
+        What was moved.
+    """
+    later = [path for path in output.glob("*-*") if _NUMBERED.fullmatch(path.name) and int(path.name.rpartition("-")[2]) > step]
+    moved = [path for path in (*sorted(later), output / "final") if path.exists()]
+    for path in moved:
+        place = output / "abandoned" / path.name
+        place.parent.mkdir(exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
+        path.rename(place)
+    return moved
 
 
 def sweep(output: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -25,9 +26,13 @@ class StoppedError(Exception):
 
 
 class StopRequest:
-    """Whether this process was asked to stop, and by which signal."""
+    """Whether this process was asked to stop, and by which signal.
+
+    Until ``patient`` is set there is nothing to save, and a signal stops the process where it stands.
+    """
 
     signal_number: int = 0
+    patient: bool = False
     _since: float = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
@@ -35,10 +40,15 @@ class StopRequest:
 
         Other signals do not: a scheduler and the launcher below it often send the same one each.
         """
+        name = signal.Signals(number).name
+        if not self.patient:
+            raise StoppedError(f"{name}: stopped before the first step, there was nothing to save", signal_number=number)
         if number == signal.SIGINT and self.signal_number and time.monotonic() - self._since > 1:
             raise KeyboardInterrupt
         self.signal_number = number
         self._since = time.monotonic()
+        # Not print: a signal may come in the middle of one.
+        os.write(2, f"\n{name}: finishing this step and saving; Ctrl-C again stops at once\n".encode())
 
 
 @contextmanager
