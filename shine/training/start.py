@@ -58,9 +58,9 @@ def starting_point(config: TrainConfig, *, say: Callable[[str], None]) -> Start:
                 raise ValueError(f"resume={found} is not a step of the run in output={output}: choose another output folder")
             return Start(found, resumed=True)
     elif holds_a_run(output):
-        on = "go on with resume=latest" if step_directories(output) else "start afresh in it with resume=auto"
-        remedy = "choose another folder, or delete it" if (output / FINAL).exists() else f"choose another folder, {on}, or delete it"
-        raise ValueError(f"output={output} holds another run: {remedy}")
+        on = ", go on with resume=latest" if step_directories(output) else ", start afresh in it with resume=auto"
+        on = "" if (output / FINAL).exists() else on
+        raise ValueError(f"output={output} holds another run: choose another folder{on}, or delete it")
     if config.checkpoint is not None:
         found = find_checkpoint(config.checkpoint)
         if is_unfinished(found) and found != Path(config.checkpoint).expanduser():
