@@ -194,6 +194,7 @@ class TrainConfig:
             there is one, a fresh start where there is none, and nothing where the run has ended: for jobs that a scheduler starts
             again.
         allow_changes: let a resumed run differ from the one it continues in what changes the result.
+        dry_run: go once through everything on a tiny backbone instead, and leave nothing behind.
         output: where the run writes.
         engine: how several ranks train together: ``ddp`` holds everything trainable on each, ``fsdp`` a part on each,
             gathered whole within a step.
@@ -209,6 +210,7 @@ class TrainConfig:
     from_scratch: bool = False
     resume: str | None = None
     allow_changes: bool = False
+    dry_run: bool = False
     seed: Seed = 42
 
 

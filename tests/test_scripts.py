@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 
 from shine.checkpoint import read_info
 from shine.config import EvaluationConfig, TrainConfig, parse
+from shine.training.loop import train
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "scripts").glob("*/*.sh"))
@@ -87,3 +89,24 @@ def test_three_stages_chain_by_folder_through_the_scripts(tiny_backbone_folder: 
     )
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "checkpoints" / "mine" / "train" / "test" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "mqa", "1qa"])
+@pytest.mark.parametrize("experiment", sorted(file.stem for file in (ROOT / "configs" / "experiment").glob("*.yaml")))
+def test_every_experiment_goes_once_through(
+    experiment: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its own ranks, lengths and recipe; nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        overrides = [f"experiment={experiment}", f"stage={stage}", "output=out", "dry_run=true", "backbone.device=cpu"]
+        values: Any = OmegaConf.to_container(compose("train", overrides=overrides), resolve=True)
+    config = parse(TrainConfig, values)
+    train(config)
+    said = capsys.readouterr().out
+    assert "dry run: everything fits together, one step was done" in said
+    assert f"{stage} backbone 1/1  loss" in said
+    assert "validation/adapter_effective_rank" in said
+    assert ("invented worlds stand in" in said) == (experiment != "cpu_world")
+    assert list(tmp_path.iterdir()) == []

@@ -28,6 +28,7 @@ from shine.training.needs import estimate, matrix_rate
 from shine.training.optimizer import build_optimizer, learning_rate
 from shine.training.parallel import restore_optimizer, shard, synchronised, whole_optimizer, whole_weights
 from shine.training.provenance import differences, run_record, versions
+from shine.training.rehearsal import rehearsal
 from shine.training.start import FINAL, Start, start_hypernetwork, starting_point
 from shine.training.state import RUN_FILE, RunState, load_state, plain, prune, restore_rng, rng_state, save_state, set_aside, sweep
 from shine.training.step import StepResult, training_step
@@ -37,33 +38,44 @@ from shine.zoo import load_backbone
 
 
 def train(config: TrainConfig) -> Path:
-    """Train one stage and return the directory of its final checkpoint.
+    """Train one stage and return the directory of its final checkpoint (after a dry run, where it would have been).
 
     Raises:
         ValueError: whatever does not fit together, with the remedy: a missing checkpoint or source, ranks, sizes.
         StoppedError: a signal asked for it, and the run was saved.
     """
     with join_ranks(config.backbone.device) as ranks, stop_requests() as request:
-        # One rank looks, before any writes; what it refuses is said once.
-        start = ranks.gather(starting_point(config, say=print) if ranks.first else None)[0]
-        assert start is not None
-        if start.finished:
-            assert start.directory is not None
+        if config.dry_run:
+            with rehearsal(config, ranks=ranks.size) as small:
+                final = _train(small, ranks, request)
             if ranks.first:
-                print(f"{start.directory} is there: this run has ended already", flush=True)
-            return start.directory
+                print("dry run: everything fits together, one step was done, nothing is kept", flush=True)
+            return final
+        return _train(config, ranks, request)
+
+
+def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Path:
+    """`train`, on ranks that have met."""
+    # One rank looks, before any writes; what it refuses is said once.
+    start = ranks.gather(starting_point(config, say=print) if ranks.first else None)[0]
+    assert start is not None
+    if start.finished:
+        assert start.directory is not None
         if ranks.first:
-            sweep(Path(config.output).expanduser())
-            for line in introduce(start.directory, config.hypernetwork) if start.directory and not start.resumed else ():
-                print(line, flush=True)
-        shape = effective_config(start.directory, config.hypernetwork)
-        checkpoint = str(start.directory) if start.directory and not start.resumed else config.checkpoint
-        config = replace(config, hypernetwork=shape, checkpoint=checkpoint)
-        look_into(config.data.train, "data.train")
-        look_into(config.data.validation, "data.validation")
-        with ranks.one_by_one():
-            backbone, tokenizer = load_backbone(config.backbone, targets=shape.targets)
-        return _Run(config, backbone, tokenizer, ranks, start=start, request=request).go()
+            print(f"{start.directory} is there: this run has ended already", flush=True)
+        return start.directory
+    if ranks.first:
+        sweep(Path(config.output).expanduser())
+        for line in introduce(start.directory, config.hypernetwork) if start.directory and not start.resumed else ():
+            print(line, flush=True)
+    shape = effective_config(start.directory, config.hypernetwork)
+    checkpoint = str(start.directory) if start.directory and not start.resumed else config.checkpoint
+    config = replace(config, hypernetwork=shape, checkpoint=checkpoint)
+    look_into(config.data.train, "data.train")
+    look_into(config.data.validation, "data.validation")
+    with ranks.one_by_one():
+        backbone, tokenizer = load_backbone(config.backbone, targets=shape.targets)
+    return _Run(config, backbone, tokenizer, ranks, start=start, request=request).go()
 
 
 class _Run:

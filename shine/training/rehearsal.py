@@ -1,0 +1,78 @@
+"""A dry run: the whole of an experiment, once through, on a tiny backbone."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from shine.config import DataConfig, SourceConfig, TrainConfig
+from shine.zoo import ASSETS
+
+ROWS = 64
+"""How many contexts of each source a dry run reads."""
+
+
+@contextmanager
+def rehearsal(config: TrainConfig, *, ranks: int) -> Iterator[TrainConfig]:
+    """The configuration of a dry run, and a folder for it that is gone afterwards.
+
+    Everything is as configured but the backbone (two layers, H 128, wide enough for ranks up to 128), the number of samples and
+    steps, and sources that are not on this machine, for which invented worlds stand in.
+    """
+    with tempfile.TemporaryDirectory(prefix="shine-dry-run-") as folder:
+        stage = replace(
+            config.stage,
+            steps=1,
+            batch_size=2 * ranks * config.stage.micro_batch_size,
+            evaluate_every=1,
+            evaluation_batches=1,
+            save_every=0,
+            log_every=1,
+        )
+        yield replace(
+            config,
+            dry_run=False,
+            backbone=replace(config.backbone, path=_tiny_backbone(Path(folder) / "backbone")),
+            stage=stage,
+            data=DataConfig(train=_few(config.data.train), validation=_few(config.data.validation)),
+            checkpoint=None,
+            from_scratch=True,
+            resume=None,
+            output=str(Path(folder) / "run"),
+        )
+
+
+def _tiny_backbone(folder: Path) -> str:
+    """Random weights behind the tokenizer of the CPU world, with rows to spare for any task tokens."""
+    torch.manual_seed(0)
+    shape = Qwen3Config(
+        vocab_size=2048,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+    )
+    Qwen3ForCausalLM(shape).save_pretrained(folder)
+    for file in (ASSETS / "cpu-world" / "backbone").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return str(folder)
+
+
+def _few(sources: Mapping[str, SourceConfig]) -> dict[str, SourceConfig]:
+    few = {}
+    for number, (name, source) in enumerate(sources.items()):
+        there = source.path is None or Path(source.path).expanduser().exists()
+        if not there:
+            print(f"dry run: {source.path} is not here, invented worlds stand in for {name}", flush=True)
+            source = SourceConfig(kind="worlds", options={"count": ROWS, "seed": number})
+        few[name] = replace(source, limit=min(source.limit or ROWS, ROWS))
+    return few
