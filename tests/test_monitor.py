@@ -108,14 +108,10 @@ def test_a_line_says_where_the_run_stands_and_what_is_left(tmp_path: Path, capsy
     assert line.endswith("10 s left")
 
 
-def test_other_ranks_show_nothing_and_log_what_they_die_of(
-    tiny_backbone_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_every_rank_logs_what_it_dies_of(tiny_backbone_folder: str, tmp_path: Path) -> None:
     stage = stage_config("mqa", micro_batch_size=1, steps=4)
     codes = run_ranks(2, tiny_backbone_folder, tmp_path / "run", stage=stage, fault=Fault("death", call=3))
     assert codes[1] == 1
-    shown = capfd.readouterr()
-    assert "parameters:" not in shown.out + shown.err
     log = (tmp_path / "run" / "logs" / "rank-1.log").read_text()
     assert "[rank 1] ended after step 1" in log
     assert "MemoryError: rank 1 has run out of memory" in log
@@ -124,11 +120,18 @@ def test_other_ranks_show_nothing_and_log_what_they_die_of(
     assert not list((tmp_path / "run").glob("*rank-1*"))
 
 
-def test_a_monitor_leaves_no_handler_behind(tmp_path: Path) -> None:
+def test_other_ranks_show_nothing_write_a_log_and_leave_no_handler_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with Monitor(tmp_path, start=0, total=1, title="x", rank=3) as monitor:
         monitor.say("quiet")
+        monitor.advance(tokens=1, loss=1.0)
+        monitor.record({"loss": 1.0})
+        monitor.record_bad({"reason": "x"})
+        monitor.show_answers([{"question": "x"}])
         log: Any = monitor.log
     assert log.handlers == []
     assert "quiet" in (tmp_path / "logs" / "rank-3.log").read_text()
-    assert not (tmp_path / METRICS_FILE).exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
+    assert capsys.readouterr() == ("", "")
     assert logging.getLogger("shine.training.rank3") is log
