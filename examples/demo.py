@@ -88,7 +88,7 @@ def main() -> None:
         f"The best constant answer to each kind of question is right {sum(map(guess_rate, kinds)) / len(kinds):.1f} % of the time."
     )
     show_answers(OUTPUT / "test" / PREDICTIONS_FILE, examples[:3])
-    panels = [("Single questions", scores["test"]), ("Conversations", scores["test_pwc"])]
+    panels = [("Shipped, single questions", scores["test"]), ("Shipped, conversations", scores["test_pwc"])]
     draw_report(OUTPUT / "demo.png", runs=runs, scores=panels)
     report = {
         "methods": {name: {"em": found["em"], "f1": found["f1"]} for name, found in scores["test"].items()},

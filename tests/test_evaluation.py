@@ -21,6 +21,7 @@ from shine.data.examples import Example, Turn
 from shine.data.samples import CutTally
 from shine.evaluation import pretraining, qa
 from shine.evaluation.methods import Asked, Method
+from shine.evaluation.plots import smooth
 from shine.evaluation.run import PREDICTIONS_FILE, SUMMARY_FILE, evaluate, load_methods
 from shine.hypernetwork import Hypernetwork
 
@@ -313,3 +314,8 @@ def test_the_record_holds_what_was_scored(
     said = capsys.readouterr().out
     assert f"hypernetwork: {checkpoint}" in said
     assert "as it was trained, not as configured" in said
+
+
+def test_smoothing_looks_to_both_sides_as_far_as_there_is() -> None:
+    assert smooth([4.0, 2.0, 0.0, 4.0], 1) == [3.0, 2.0, 2.0, 2.0]
+    assert smooth([1.0, 5.0], 0) == [1.0, 5.0]

@@ -28,11 +28,27 @@ def read_metrics(run: Path, name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def draw_loss(axes: Axes, stage: str, run: Path, *, color: str) -> None:
-    """The training loss of one stage, on its own scale: stages differ too much to share one."""
-    steps, losses = read_metrics(run, "loss")
-    axes.plot(steps, losses, color=color, linewidth=2)
-    axes.set(xlabel="optimizer step", title=stage)
+def smooth(values: Sequence[float], reach: int) -> list[float]:
+    """The mean of each value and its neighbours, up to ``reach`` on either side."""
+    means = []
+    for place in range(len(values)):
+        near = values[max(place - reach, 0) : place + reach + 1]
+        means.append(sum(near) / len(near))
+    return means
+
+
+def draw_losses(axes: Axes, runs: Mapping[str, Path]) -> None:
+    """The training loss of the stages, one after the other: as logged, faint, and smoothed."""
+    done = 0
+    for (stage, run), color in zip(runs.items(), STAGE_COLORS, strict=False):
+        steps, losses = read_metrics(run, "loss")
+        places = [done + step for step in steps]
+        axes.plot(places, losses, color=color, linewidth=1, alpha=0.35)
+        axes.plot(places, smooth(losses, max(len(losses) // 12, 1)), color=color, linewidth=2.2, label=stage)
+        done = places[-1]
+    axes.set(xlabel="optimizer step", ylabel="loss a label token (nats)", title="Training, from nothing")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, ncols=len(runs))
 
 
 def draw_scores(axes: Axes, methods: Mapping[str, Mapping[str, float]], *, title: str) -> None:
@@ -49,13 +65,10 @@ def draw_scores(axes: Axes, methods: Mapping[str, Mapping[str, float]], *, title
 
 
 def draw_report(path: Path, *, runs: Mapping[str, Path], scores: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    """One picture: the loss of every stage above, below a panel of bars for each (title, methods)."""
+    """One picture: the losses above, below a panel of bars for each (title, methods)."""
     figure = plt.figure(figsize=(10, 7.2), constrained_layout=True)
-    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.3))[:, 0]
-    losses = above.subplots(1, len(runs), squeeze=False)[0]
-    for axes, (stage, run), color in zip(losses, runs.items(), STAGE_COLORS, strict=False):
-        draw_loss(axes, stage, run, color=color)
-    losses[0].set_ylabel("loss a label token (nats)")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.4))[:, 0]
+    draw_losses(above.subplots(), runs)
     bars = below.subplots(1, len(scores), squeeze=False)[0]
     for axes, (title, methods) in zip(bars, scores, strict=True):
         draw_scores(axes, methods, title=title)
