@@ -49,6 +49,7 @@ class BackboneConfig:
         device: ``auto`` takes CUDA where there is some.
         attention: transformers' ``attn_implementation``.
         activation_checkpointing: recompute layers in the backward pass.
+        shard: spread the frozen layers over the ranks of a training run (FSDP2), for a backbone that does not fit one device.
         allow_variant: take a hypernetwork that was trained on other weights of the same architecture and vocabulary.
         baseline_prefix: what the baselines' answers start after, such as Qwen3's empty think block; SHINE sees plain ChatML.
     """
@@ -58,6 +59,7 @@ class BackboneConfig:
     device: str = "auto"
     attention: str = "sdpa"
     activation_checkpointing: bool = False
+    shard: bool = False
     allow_variant: bool = False
     baseline_prefix: str = ""
     task_tokens: TaskTokens = field(default_factory=TaskTokens)

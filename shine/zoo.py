@@ -275,7 +275,7 @@ def load_backbone(config: BackboneConfig, *, targets: Sequence[str]) -> tuple[Ba
     Raises:
         ValueError: the model is not there, is incomplete or corrupt, or does not fit the configuration; with the remedy.
     """
-    device = _device(config.device)
+    device = find_device(config.device)
     path = resolve(config.path)
     try:
         model = _load_model(path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
@@ -325,7 +325,12 @@ def _load_remedy(config: BackboneConfig, path: str) -> str:
     return remedy
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that ``backbone.device`` means on this rank.
+
+    Raises:
+        ValueError: there is none of that name or number.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

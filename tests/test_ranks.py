@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,22 @@ def test_sharded_trainables_train_what_whole_ones_do(tiny_backbone_folder: str, 
     train(train_config(tiny_backbone_folder, tmp_path / "parts", resume="latest", **values))
     assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-9)
     assert_same_weights(tmp_path / "parts", tmp_path / "one", tolerance=1e-9)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_sharded_backbone_trains_what_a_whole_one_does(
+    engine: str, checkpointing: bool, tiny_backbone_folder: str, tmp_path: Path
+) -> None:
+    """Passes for training, for validation and for the answers that are shown."""
+    held = BackboneConfig(path=tiny_backbone_folder, dtype="float64", device="cpu", activation_checkpointing=checkpointing)
+    stage = stage_config("mqa", micro_batch_size=1, steps=6, evaluate_every=3, evaluation_batches=1)
+    train(train_config(tiny_backbone_folder, tmp_path / "one", backbone=held, stage=stage))
+    parts = {"backbone": replace(held, shard=True), "stage": stage, "engine": engine}
+    assert run_ranks(2, tiny_backbone_folder, tmp_path / "parts", **parts) == [0, 0]
+    assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-9)
+    assert_same_weights(tmp_path / "parts", tmp_path / "one", tolerance=1e-9)
+    assert (tmp_path / "parts" / "samples.jsonl").read_text() == (tmp_path / "one" / "samples.jsonl").read_text()
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -435,16 +435,16 @@ def test_activation_checkpointing_reaches_the_backbone(converted: Path) -> None:
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert zoo._device("auto") == torch.device("cpu")
+    assert zoo.find_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match="no CUDA device 0, there are 0"):
-        zoo._device("cuda")
+        zoo.find_device("cuda")
     with pytest.raises(ValueError, match="set it to auto, cpu, cuda"):
-        zoo._device("gpu")
+        zoo.find_device("gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert zoo._device("auto") == zoo._device("cuda") == torch.device("cuda", 1)
-    assert zoo._device("cuda:0") == torch.device("cuda", 0)
+    assert zoo.find_device("auto") == zoo.find_device("cuda") == torch.device("cuda", 1)
+    assert zoo.find_device("cuda:0") == torch.device("cuda", 0)
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

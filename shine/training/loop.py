@@ -26,7 +26,7 @@ from shine.training.guard import Guard
 from shine.training.monitor import BAD_STEPS_FILE, Monitor
 from shine.training.needs import estimate, matrix_rate
 from shine.training.optimizer import build_optimizer, learning_rate
-from shine.training.parallel import restore_optimizer, shard, synchronised, whole_optimizer, whole_weights
+from shine.training.parallel import restore_optimizer, shard, shard_backbone, synchronised, whole_optimizer, whole_weights
 from shine.training.provenance import differences, run_record, versions
 from shine.training.rehearsal import rehearsal
 from shine.training.start import FINAL, Start, start_hypernetwork, starting_point
@@ -34,7 +34,7 @@ from shine.training.state import RUN_FILE, RunState, load_state, plain, prune, r
 from shine.training.step import StepResult, training_step
 from shine.training.stop import StoppedError, StopRequest, stop_requests
 from shine.training.validation import Validation
-from shine.zoo import load_backbone
+from shine.zoo import find_device, load_backbone
 
 
 def train(config: TrainConfig) -> Path:
@@ -74,7 +74,9 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Path:
     look_into(config.data.train, "data.train")
     look_into(config.data.validation, "data.validation")
     with ranks.one_by_one():
-        backbone, tokenizer = load_backbone(config.backbone, targets=shape.targets)
+        # What is too large for one device is loaded into host memory and goes to the devices in parts.
+        place = "cpu" if config.backbone.shard and ranks.size > 1 else config.backbone.device
+        backbone, tokenizer = load_backbone(replace(config.backbone, device=place), targets=shape.targets)
     return _Run(config, backbone, tokenizer, ranks, start=start, request=request).go()
 
 
@@ -99,6 +101,8 @@ class _Run:
         self.backbone, self.tokenizer = backbone, tokenizer
         self.output = Path(config.output).expanduser()
         found = fingerprint(backbone.model, tokenizer)
+        if config.backbone.shard and ranks.size > 1:
+            shard_backbone(backbone, ranks, find_device(config.backbone.device))
         self.hypernetwork, before = start_hypernetwork(config, backbone, found=found, start=start)
         stages, revision = (*before, stage.name), getattr(backbone.model.config, "_commit_hash", None)
         self.info = CheckpointInfo(config.backbone, self.hypernetwork.config, stages, found, revision)

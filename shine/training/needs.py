@@ -81,7 +81,8 @@ def estimate(
     copies = 4.0
     if ranks > 1:
         copies = 5 if config.engine == "ddp" else 2 + 4 / ranks
-    weights = frozen * backbone.model.dtype.itemsize + round(trained * 4 * copies)
+    held = frozen / ranks if config.backbone.shard else frozen
+    weights = round(held * backbone.model.dtype.itemsize) + round(trained * 4 * copies)
     widest = max(sample.tokens for sample in seen)
     memory = hypernetwork.memory_tokens.shape[0]
     per_sample = _activation_bytes(backbone, hypernetwork, tokens=widest + memory, labels=max(s.label_count for s in seen))

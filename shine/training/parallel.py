@@ -1,7 +1,8 @@
 """Data parallel training by PyTorch's own engines: DDP, or FSDP2 where the trainables' optimizer state does not fit one device.
 
-Either way the backbone stays outside: wrapping it would gather all its weights for the gradient of a few. The gradient of a rank
-is averaged over the ranks, which `training_step` makes up for.
+Either way the backbone stays outside: wrapping it would gather all its weights for the gradient of a few. Only one that does not
+fit a device is spread over them, layer by layer. The gradient of a rank is averaged over the ranks, which `training_step` makes up
+for.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from shine.backbone import Backbone
 from shine.hypernetwork import Hypernetwork
 from shine.training.distributed import Ranks
 
@@ -39,6 +41,18 @@ def shard(hypernetwork: Hypernetwork, ranks: Ranks) -> None:
     if mesh.device_type == "cpu":
         # gloo cannot average.
         sharded.set_force_sum_reduction_for_comms(True)
+
+
+def shard_backbone(backbone: Backbone, ranks: Ranks, device: torch.device) -> None:
+    """Keep only this rank's part of each frozen layer on ``device`` and gather a layer for the time it computes.
+
+    Embedding, last norm and vocabulary head stay whole. The model may still be in host memory: a layer reaches the device in parts.
+    """
+    mesh = init_device_mesh(device.type, (ranks.size,))
+    for layer in backbone.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        assert all(isinstance(parameter, DTensor) for parameter in layer.parameters())
+    backbone.model.to(device)
 
 
 def synchronised(hypernetwork: Hypernetwork, ranks: Ranks, engine: Literal["ddp", "fsdp"]) -> nn.Module:

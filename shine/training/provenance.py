@@ -25,6 +25,7 @@ FREE = (
     "backbone.allow_variant",
     "backbone.device",
     "backbone.activation_checkpointing",
+    "backbone.shard",
     "stage.micro_batch_size",
     "stage.evaluate_every",
     "stage.evaluation_batches",
