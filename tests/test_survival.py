@@ -398,3 +398,12 @@ def test_training_goes_on_past_a_spike(tiny_backbone_folder: str, tmp_path: Path
     rows = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     assert [(row["step"], row["reason"]) for row in rows] == [(7, SPIKE)]
     assert [row["skipped_steps"] for row in measured(tmp_path) if "skipped_steps" in row] == [0] * 6 + [1] * 4
+
+
+def test_a_run_can_go_on_in_a_new_folder(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """From a step of another run, which stays as it is."""
+    stage = stage_config(steps=4, save_every=2)
+    train(train_config(tiny_backbone_folder, tmp_path / "one", stage=stage))
+    train(train_config(tiny_backbone_folder, tmp_path / "new", stage=stage, resume=str(tmp_path / "one" / "step-000002")))
+    assert losses_of(tmp_path / "new") == pytest.approx(losses_of(tmp_path / "one")[2:])
+    assert (tmp_path / "one" / "final").exists()

@@ -27,7 +27,7 @@ from shine.training.monitor import BAD_STEPS_FILE, Monitor
 from shine.training.needs import estimate, matrix_rate
 from shine.training.optimizer import build_optimizer, learning_rate
 from shine.training.parallel import restore_optimizer, shard, shard_backbone, synchronised, whole_optimizer, whole_weights
-from shine.training.provenance import differences, run_record, versions
+from shine.training.provenance import differences, run_record
 from shine.training.rehearsal import rehearsal
 from shine.training.start import FINAL, Start, start_hypernetwork, starting_point
 from shine.training.state import RUN_FILE, RunState, load_state, plain, prune, restore_rng, rng_state, save_state, set_aside, sweep
@@ -100,6 +100,7 @@ class _Run:
         self.config, self.stage, self.ranks, self.request = config, stage, ranks, request
         self.backbone, self.tokenizer = backbone, tokenizer
         self.output = Path(config.output).expanduser()
+        self.record = run_record(config)
         found = fingerprint(backbone.model, tokenizer)
         if config.backbone.shard and ranks.size > 1:
             shard_backbone(backbone, ranks, find_device(config.backbone.device))
@@ -126,7 +127,7 @@ class _Run:
         title = f"{self.stage.name} {Path(self.config.backbone.path).name}"
         with Monitor(self.output, start=self.step, total=self.total, title=title, rank=self.ranks.rank) as monitor:
             if self.ranks.first:
-                (self.output / RUN_FILE).write_text(json.dumps(run_record(self.config), indent=2) + "\n", encoding="utf-8")
+                (self.output / RUN_FILE).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
             for line in self._needs().splitlines():
                 monitor.say(line)
             model = synchronised(self.hypernetwork, self.ranks, self.config.engine)
@@ -250,7 +251,7 @@ class _Run:
                 data=self.fingerprint,
                 rng=rng,
             )
-            save_state(directory, weights, self.info, state=state, run=run_record(self.config))
+            save_state(directory, weights, self.info, state=state, run=self.record)
             prune(self.output, keep=self.stage.keep)
             monitor.say(f"saved {directory}; {self._cut_report()}")
         self.ranks.wait()
@@ -259,7 +260,7 @@ class _Run:
         """Go on where a step directory stands; what differs from the run that wrote it is returned, to be said."""
         state = load_state(directory)
         record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
-        free, binding = differences(record["config"], run_record(self.config)["config"])
+        free, binding = differences(record["config"], self.record["config"])
         if (state.samples, state.data) != (len(self.stream.samples), self.fingerprint):
             now = f"{len(self.stream.samples):,} (fingerprint {self.fingerprint})"
             binding.append(f"the training samples: {state.samples:,} (fingerprint {state.data}) -> {now}")
@@ -275,7 +276,7 @@ class _Run:
         self.guard = Guard(self.stage, **state.guard)
         if self.ranks.rank < len(state.rng):
             restore_rng(state.rng[self.ranks.rank])
-        found = versions()
+        found = self.record["versions"]
         changed = [f"{name}: {old} -> {found.get(name)}" for name, old in record["versions"].items() if old != found.get(name)]
         if len(state.rng) != self.ranks.size:
             changed.append(f"ranks: {len(state.rng)} -> {self.ranks.size}")

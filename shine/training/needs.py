@@ -20,7 +20,7 @@ from shine.data.samples import Sample, StageSamples
 from shine.hypernetwork import Hypernetwork
 
 SHARE_OF_RATE = {"cuda": 0.4, "cpu": 0.15}
-"""Which share of a device's matrix rate a step was found to reach, roughly."""
+"""Which share of a device's matrix rate a step is assumed to reach: on CPUs near what was seen, on CUDA not measured yet."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class Needs:
         return self.flops_per_step / self.tokens_per_step
 
     def hours(self, *, rate: float, ranks: int, device_type: str) -> float:
-        """How long the steps take at the usual share of ``rate``, the FLOP/s of each rank's device."""
-        return self.steps * self.flops_per_step / (rate * SHARE_OF_RATE.get(device_type, 0.3) * ranks) / 3600
+        """How long the steps take at the assumed share of ``rate``, the FLOP/s of each rank's device."""
+        return self.steps * self.flops_per_step / (rate * SHARE_OF_RATE[device_type] * ranks) / 3600
 
     def describe(self, *, rate: float, ranks: int, device_type: str) -> str:
         """Three lines for a reader."""
-        share = SHARE_OF_RATE.get(device_type, 0.3)
+        share = SHARE_OF_RATE[device_type]
         hours = self.hours(rate=rate, ranks=ranks, device_type=device_type)
         return (
             f"parameters: {self.trained:,} trained, {self.frozen:,} frozen\n"

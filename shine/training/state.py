@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shine.checkpoint import CheckpointInfo, save_hypernetwork, written_beside
+from shine.checkpoint import CheckpointInfo, is_unfinished, save_hypernetwork, written_beside
 
-_NUMBERED = re.compile(r"(step|best)-\d+")
 STATE_FILE, RUN_FILE, MANIFEST_FILE = "training_state.pt", "run.json", "manifest.json"
 
 
@@ -149,7 +147,7 @@ def set_aside(output: Path, *, step: int) -> list[Path]:
     Returns:
         What was moved.
     """
-    later = [path for path in output.glob("*-*") if _NUMBERED.fullmatch(path.name) and int(path.name.rpartition("-")[2]) > step]
+    later = [path for path in output.glob("*-*") if is_unfinished(path) and int(path.name.rpartition("-")[2]) > step]
     moved = [path for path in (*sorted(later), output / "final") if path.exists()]
     for path in moved:
         place = output / "abandoned" / path.name
