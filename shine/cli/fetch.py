@@ -1,0 +1,30 @@
+"""``shine fetch``: a backbone onto this machine."""
+
+from __future__ import annotations
+
+import argparse
+
+from shine.cli.commands import Commands, add_command
+
+
+def add(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add ``shine fetch``."""
+    parser = add_command(
+        commands,
+        "fetch",
+        help="get a backbone onto this machine",
+        description=(
+            "Download a backbone that SHINE knows, check it, convert it once, and print its folder.\n"
+            "The cache is $SHINE_CACHE, by default ~/.cache/shine."
+        ),
+        examples="shine fetch smollm2-135m",
+    )
+    parser.add_argument("name", metavar="NAME", help="for instance smollm2-135m")
+    parser.set_defaults(run=_fetch)
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    # Imported here because it brings torch and transformers, seconds that --help should not take.
+    from shine.zoo import fetch
+
+    print(fetch(args.name))
