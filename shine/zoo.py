@@ -279,7 +279,7 @@ def load_backbone(config: BackboneConfig, *, targets: Sequence[str]) -> tuple[Ba
     path = resolve(config.path)
     try:
         model = _load_model(path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
-        tokenizer = _load_tokenizer(path)
+        tokenizer = load_tokenizer(path)
     except Exception as error:  # safetensors, tokenizers and transformers raise anything, bare Exception included
         raise ValueError(f"cannot load backbone {config.path}: {_first_line(error)}; {_load_remedy(config, path)}") from error
     backbone = Backbone(model.to(device), targets=targets, activation_checkpointing=config.activation_checkpointing)
@@ -297,7 +297,7 @@ def _load_model(path: str, **options: Any) -> Any:
     return model
 
 
-def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer, able to pad: with the end of text where it names no pad token."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     # Where the files are missing transformers makes up a tokenizer of special tokens alone.
