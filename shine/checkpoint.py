@@ -24,6 +24,7 @@ import shine
 from shine.backbone import Backbone
 from shine.config import BackboneConfig, HypernetworkConfig, parse
 from shine.fingerprint import Fingerprint
+from shine.hub import download, hub_id
 from shine.hypernetwork import Hypernetwork
 from shine.released import RELEASED_FILES, is_released, read_released
 
@@ -53,9 +54,14 @@ class CheckpointInfo:
 def find_checkpoint(path: str | Path) -> Path:
     """The directory to load from: ``path`` itself, or the newest checkpoint inside it (``final``, else the highest step or epoch).
 
+    Args:
+        path: a directory, or a hub's ``hf:owner/name`` or ``ms:owner/name``, which is downloaded first; see `shine.hub`.
+
     Raises:
         ValueError: nothing there can be loaded.
     """
+    if (remote := hub_id(path)) is not None:
+        return download(remote)
     path = Path(path).expanduser()
     if not path.is_dir():
         raise ValueError(f"{path}: no such checkpoint directory; train the stage that makes it, or download it")

@@ -22,11 +22,12 @@ from runs import losses_of, stage_config, train_config
 
 from shine.checkpoint import WEIGHTS_FILE
 from shine.config import DataConfig, SourceConfig
+from shine.manifest import damage
 from shine.training.guard import NOT_FINITE, SPIKE, Guard
 from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE, SAMPLES_FILE
 from shine.training.provenance import differences
-from shine.training.state import damage, load_state, newest_whole, step_directories
+from shine.training.state import load_state, newest_whole, step_directories
 from shine.training.stop import StoppedError, stop_requests
 
 ROOT = Path(__file__).parent.parent
