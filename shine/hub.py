@@ -7,11 +7,13 @@ newest. Addresses, tokens, caches and proxies are those of the libraries (``HF_E
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -115,9 +117,7 @@ def _upload(folder: Path, remote: HubId, *, private: bool) -> HubId:
 
         api = HfApi()
         api.create_repo(remote.repository, private=private, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=remote.repository, folder_path=folder, revision=remote.revision, commit_message=message
-        )
+        done = api.upload_folder(repo_id=remote.repository, folder_path=folder, revision=remote.revision, commit_message=message)
         return HubId("hf", remote.repository, done.oid)
     from modelscope.hub.api import HubApi
 
@@ -137,10 +137,14 @@ def _upload(folder: Path, remote: HubId, *, private: bool) -> HubId:
 @contextmanager
 def _library_errors(what: str, remote: HubId) -> Iterator[None]:
     """Whatever the libraries raise, in one line with the remedy."""
+    # ModelScope's logs every step of an upload and prints a report; standard output is for our own result.
+    logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     except Exception as error:  # their own families, and those of three HTTP libraries below them
-        text = " ".join(str(error).split()) or type(error).__name__
+        cause = error.__cause__ or error
+        text = " ".join(f"{error} {cause if cause is not error else ''}".split()) or type(cause).__name__
         text = text if len(text) <= 300 else f"{text[:300]}…"
         raise ValueError(
             f"{what} failed ({type(error).__name__}: {text}): check name, revision and network; for what is not public or is "

@@ -20,7 +20,9 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         examples="shine push outputs/1qa hf:me/shine-smollm2\nshine push outputs/1qa ms:me/shine-smollm2 --private",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, or a checkpoint in it")
-    parser.add_argument("repository", metavar="HUB:OWNER/NAME", help="hf: for Hugging Face, ms: for ModelScope; @BRANCH for a branch")
+    parser.add_argument(
+        "repository", metavar="HUB:OWNER/NAME", help="hf: for Hugging Face, ms: for ModelScope; @BRANCH for a branch"
+    )
     parser.add_argument("--private", action="store_true", help="if the repository is made, let others not see it")
     parser.set_defaults(run=_push)
 
