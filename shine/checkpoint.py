@@ -42,6 +42,7 @@ class CheckpointInfo:
         stages: those behind it, oldest first.
         fingerprint: of the backbone it was trained on.
         revision: the hub's commit of that backbone, where it came from there.
+        variant: what was done to its weights, where something was: see `shine.zoo.variant_name`.
     """
 
     backbone: BackboneConfig
@@ -49,6 +50,7 @@ class CheckpointInfo:
     stages: tuple[str, ...] = ()
     fingerprint: Fingerprint | None = None
     revision: str | None = None
+    variant: str | None = None
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -106,7 +108,10 @@ def read_info(path: str | Path) -> CheckpointInfo | None:
     if values.get("format") != FORMAT:
         raise ValueError(f"{file}: format {values.get('format')!r}, this version of shine reads {FORMAT}: upgrade shine")
     try:
-        return parse(CheckpointInfo, {field.name: values[field.name] for field in fields(CheckpointInfo)})
+        # Directories of before say nothing of a variant.
+        return parse(
+            CheckpointInfo, {f.name: values[f.name] for f in fields(CheckpointInfo) if f.name in values or f.name != "variant"}
+        )
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -185,7 +190,8 @@ def check_backbone(path: str | Path, *, config: BackboneConfig, found: Fingerpri
     info = read_info(directory)
     if info is None:
         return
-    trained = f"{directory} was trained on backbone {info.backbone.path}"
+    variant = f" ({info.variant})" if info.variant else ""
+    trained = f"{directory} was trained on backbone {info.backbone.path}{variant}"
     if info.backbone.task_tokens != config.task_tokens:
         raise ValueError(
             f"{trained} with backbone.task_tokens {asdict(info.backbone.task_tokens)}, now they are {asdict(config.task_tokens)}: "

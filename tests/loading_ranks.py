@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-import torch.distributed as dist
+import torch
 
 from shine.config import BackboneConfig
 from shine.training.distributed import join_ranks
@@ -19,39 +19,41 @@ from shine.zoo import load_backbone
 folder, dtype = Path(sys.argv[1]), sys.argv[2]
 
 
-def private(pid: int) -> int:
-    """Bytes that this process shares with no file and no other process."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return sum(int(size) for size in re.findall(r"^Private_Dirty: +(\d+) kB", text, re.MULTILINE)) * 1024
+def held(pids: list[int]) -> dict[str, int]:
+    """Bytes of these processes: not shared with any file or process, and in all, shared pages counted once."""
+    texts = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
+    fields = {"private": "Private_Dirty", "pss": "Pss"}
+    return {
+        name: sum(int(re.search(rf"^{field}: +(\d+) kB", text, re.MULTILINE)[1]) for text in texts) * 1024  # type: ignore[index]
+        for name, field in fields.items()
+    }
 
 
 with join_ranks("cpu") as ranks:
     pids = ranks.gather(os.getpid())
-    before = sum(private(pid) for pid in pids)
+    before = held(pids)
     ranks.wait()
-    peak, done = 0, threading.Event()
+    peak, done = {"private": 0, "pss": 0}, threading.Event()
 
     def watch() -> None:
-        global peak
         while not done.wait(0.01):
-            peak = max(peak, sum(private(pid) for pid in pids) - before)
+            now = held(pids)
+            peak.update({name: max(most, now[name] - before[name]) for name, most in peak.items()})
 
     watcher = threading.Thread(target=watch)
     if ranks.first:
         watcher.start()
-    own = private(os.getpid())
     with ranks.one_by_one():
         began = time.monotonic()
-        backbone, _ = load_backbone(
+        loaded = load_backbone(
             BackboneConfig(path=str(folder / "backbone"), dtype=dtype, device="cpu"), targets=("q_proj", "v_proj")
         )
+        # A first pass reads every weight.
+        loaded[0].model(torch.arange(3)[None])
         ended = time.monotonic()
-    end = private(os.getpid()) - own
     ranks.wait()
     done.set()
     if ranks.first:
         watcher.join()
+    (folder / f"rank-{ranks.rank}.json").write_text(json.dumps({**peak, "began": began, "ended": ended}))
     ranks.wait()
-    row = {"peak": peak, "end": end, "began": began, "ended": ended}
-    (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(row))
-    dist.barrier()
