@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -49,4 +50,4 @@ def test_ranks_load_one_after_the_other(dtype: str, tmp_path: Path) -> None:
     assert report["private"] < copies * size
     assert report["pss"] < (1.25 if dtype == "bfloat16" else copies + 0.5) * size
     intervals = sorted((rank["began"], rank["ended"]) for rank in ranks)
-    assert all(ended <= began for (_, ended), (began, _) in zip(intervals, intervals[1:], strict=False))
+    assert all(ended <= began for (_, ended), (began, _) in itertools.pairwise(intervals))
