@@ -10,7 +10,6 @@ import threading
 import time
 from pathlib import Path
 
-
 from shine.config import BackboneConfig
 from shine.training.distributed import join_ranks
 from shine.zoo import load_backbone
