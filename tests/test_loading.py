@@ -38,6 +38,8 @@ def test_ranks_load_one_after_the_other(dtype: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "backbone")
     tiny_tokenizer().save_pretrained(tmp_path / "backbone")
     del model
+    # Pages of a file that are not on the disk yet would count as those of the process that reads them.
+    os.sync()
     script = Path(__file__).parent / "loading_ranks.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
