@@ -287,6 +287,20 @@ def load_backbone(config: BackboneConfig, *, targets: Sequence[str]) -> tuple[Ba
     return backbone, tokenizer
 
 
+def variant_name(path: str, backbone: Backbone) -> str | None:
+    """What was done to the weights of a model since it was trained, as far as it can be known; ``None`` for nothing.
+
+    ``Q4_1, dequantised`` of a model that SHINE fetched as GGUF; the method of a model that is held quantised.
+    """
+    if path in FETCHED:
+        return f"{PurePosixPath(FETCHED[path].member).stem.rpartition('.')[2]}, dequantised"
+    quantised = getattr(backbone.model.config, "quantization_config", None)
+    if quantised is None:
+        return None
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    return f"quantised: {getattr(method, 'value', method)}"
+
+
 def _load_model(path: str, **options: Any) -> Any:
     """A ``PreTrainedModel`` every weight of which was found; typed ``Any`` because its methods are wrapped beyond mypy's reach."""
     load: Any = AutoModelForCausalLM.from_pretrained

@@ -55,18 +55,13 @@ def inspect(
     skipped = Tally()
     examples = list(read_named({text: source}, "--source", tokens=token_counter(tokenizer), tally=skipped))
     chosen: StageName = stage or ("mqa" if any(example.turns for example in examples) else "pretrain")
-    config = StageConfig(chosen, 10**9, 10**9, learning_rate=1.0, warmup_steps=0)
-    if chosen == "pretrain":
-        config = StageConfig(chosen, *lengths, learning_rate=1.0, warmup_steps=0)
+    # Answers are shown whole; texts are grouped to the limits.
+    limits = lengths if chosen == "pretrain" else (10**9, 10**9)
+    config = StageConfig(chosen, *limits, learning_rate=1.0, warmup_steps=0)
     samples = samples_of(examples, tokenizer, config, task_tokens=names, seed=0)
     drawn = [samples.sample(index, epoch=0) for index in range(len(samples))]
     samples.tally.skipped += skipped.skipped
-    figures = _figures(drawn, lengths) | {
-        "source": text,
-        "stage": chosen,
-        "examples": len(examples),
-        "skipped": samples.tally.skipped,
-    }
+    figures: dict[str, Any] = {"source": text, "stage": chosen, "examples": len(examples), **_figures(drawn, lengths)}
     draw_lengths(Path(histogram), drawn, lengths, title=f"{text} ({chosen})")
     if as_json:
         print(json.dumps({**figures, "skipped": samples.tally.skipped, "histogram": histogram}, indent=2, ensure_ascii=False))
@@ -74,15 +69,15 @@ def inspect(
     console = Console()
     for sample in drawn[:count]:
         console.print(Rule(f"{sample.id}: {len(sample.context_ids):,} + {len(sample.input_ids):,} tokens", align="left"))
-        shown = tokenizer.decode(sample.context_ids)
+        shown = str(tokenizer.decode(sample.context_ids))
         console.print(Text(shown[:ABOUT] + (" …" if len(shown) > ABOUT else ""), style="dim"))
         console.print(_marked(sample, tokenizer, colors=console.is_terminal and not console.no_color))
     console.print(Rule(style="none"))
     for name, value in figures.items():
-        console.print(f"{name.replace('_', ' '):24}{f'{value:,}' if isinstance(value, int) else value}")
+        print(f"{name.replace('_', ' '):24}{f'{value:,}' if isinstance(value, int) else value}")
     for reason, number in samples.tally.skipped.items():
-        console.print(f"{'skipped':24}{number:,} ({reason})")
-    console.print(f"{'lengths drawn in':24}{histogram}")
+        print(f"{'skipped':24}{number:,} ({reason})")
+    print(f"{'lengths drawn in':24}{histogram}")
 
 
 def _figures(samples: Sequence[Sample], lengths: tuple[int, int]) -> dict[str, Any]:
@@ -124,7 +119,9 @@ def draw_lengths(file: Path, samples: Sequence[Sample], lengths: tuple[int, int]
     for axes, (name, values), limit, color in zip(panels, found.items(), lengths, ("#30638e", "#d1495b"), strict=True):
         # The longest hundredth would squeeze all others together.
         edge = max(float(np.percentile(values, 99)) * 1.05, 1.0)
-        axes.hist(np.minimum(values, edge), bins=min(40, max(len(set(values)), 1)), color=color, alpha=0.85)
+        # Of a whole number of tokens each, so that none is empty by rounding.
+        width = max(round((edge - min(values)) / 40), 1)
+        axes.hist(np.minimum(values, edge), bins=np.arange(min(values), edge + 2 * width, width), color=color, alpha=0.85)
         axes.axvline(
             float(np.mean(values)), color="black", linewidth=1.2, label=f"mean {np.mean(values):,.0f}, most {max(values):,}"
         )
