@@ -185,7 +185,7 @@ def test_requests_are_bounded_and_taken_only_as_they_are_needed(monkeypatch: pyt
 
     def endless() -> Iterator[Request]:
         nonlocal taken
-        for taken in itertools.count(1):  # noqa: B007
+        for taken in itertools.count(1):
             yield request(str(taken))
 
     with serving(monkeypatch, lambda call, attempt: Say(call.text, seconds=0.02)) as server:
@@ -263,12 +263,12 @@ def test_json_is_read_from_what_models_put_around_it(text: str) -> None:
     "text", ["", "```json\n```", GOOD + GOOD, f"{GOOD} I hope this helps", "[]", '{"good": null}', f"<think>{GOOD}"]
 )
 def test_anything_else_is_not_read_as_json(text: str) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"Invalid JSON|valid boolean|an object"):
         json_reader(Verdict)(text)
 
 
 def test_a_reader_says_what_is_wrong_and_where() -> None:
-    with pytest.raises(ValueError, match="1.good: Field required"):
+    with pytest.raises(ValueError, match=r"1\.good: Field required"):
         json_reader(list[Verdict])(f"[{GOOD}, {{}}]")
 
 
