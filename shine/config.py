@@ -344,7 +344,7 @@ class WritingConfig:
         support: asks for ``{"supported": true or false}``, given context, question and answer.
         recall: asks for ``{"answer": …}``, given the question alone.
         known_f1: a question counts as answerable without its context where that answer has this much word overlap (F1) with the
-            written one, in per cent.
+            written one.
         turn_tokens: tokens of a question with its answer, for the estimate.
     """
 
@@ -354,7 +354,7 @@ class WritingConfig:
     support: str
     recall: str
     turns: Positive = 8
-    known_f1: Annotated[float, Field(gt=0, le=100)] = 60.0
+    known_f1: Annotated[float, Field(gt=0, le=1)] = 0.6
     turn_tokens: Positive = 60
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from shine.config import CollectionConfig, parse
-from shine.data.collection import build_collection, without_parts
+from shine.data.collection import build_collection, check_parts, without_parts
 from shine.data.histograms import plot_lengths
 
 
@@ -27,6 +27,7 @@ def run(name: str, *, output: str, description: str, argv: Sequence[str] | None 
     args = parser.parse_args(argv)
     try:
         collection = without_parts(parse(CollectionConfig, load(args.config)), args.leave_out)
+        check_parts(collection)
         reports = build_collection(collection, args.output, tokens=token_counter(args.tokenizer), say=_say)
         plot_lengths(reports, f"{args.output}.lengths.png")
     except (ValueError, OSError) as error:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints
 
@@ -25,7 +25,6 @@ from shine.journal import Journal
 from shine.metrics import f1
 from shine.remote import Request, Usage, ask, json_reader
 
-T = TypeVar("T")
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 _CHARACTERS_A_TOKEN = 4
 
@@ -108,22 +107,17 @@ def write_conversations(config: WritingConfig, output: str | Path, *, tokens: Ca
     failures = Journal(output.with_name(f"{output.name}.failures.jsonl"))
     failures.path.unlink(missing_ok=True)
     with failures:
-        contexts: dict[str, str] = {}
-
-        def requests() -> Iterator[Request]:
-            for name, context in _contexts(config):
-                contexts[name] = context
-                yield _request(name, config.write, context=context, turns=str(config.turns))
-
-        _run("writing", requests(), Written, written, failures, config, report, more=lambda name: {"context": contexts.pop(name)})
-        # A context whose request was done or failed is not needed either.
-        contexts.clear()
+        write = (
+            (_request(name, config.write, context=context, turns=str(config.turns)), {"context": context})
+            for name, context in _contexts(config)
+        )
+        _run("writing", write, Written, written, failures, config, report)
         support = (
-            _request(name, config.support, context=context, question=pair.question, answer=pair.answer)
+            (_request(name, config.support, context=context, question=pair.question, answer=pair.answer), {})
             for name, context, pair in _pairs(written)
         )
         _run("support", support, Supported, supported, failures, config, report)
-        recall = (_request(name, config.recall, question=pair.question) for name, _, pair in _pairs(written))
+        recall = ((_request(name, config.recall, question=pair.question), {}) for name, _, pair in _pairs(written))
         _run("recall", recall, Recalled, recalled, failures, config, report)
     _assemble(config, output, (written, supported, recalled), report, tokens)
     return report
@@ -131,31 +125,41 @@ def write_conversations(config: WritingConfig, output: str | Path, *, tokens: Ca
 
 def _run(
     name: str,
-    requests: Iterator[Request],
-    kind: type[T],
+    requests: Iterable[tuple[Request, Mapping[str, Any]]],
+    kind: type[Any],
     journal: Journal,
     failures: Journal,
     config: WritingConfig,
     report: WritingReport,
-    *,
-    more: Callable[[str], Mapping[str, Any]] = lambda name: {},
 ) -> None:
-    """One pass: what its journal does not hold yet is asked, and what fails goes to the failures."""
+    """One pass: what its journal does not hold yet is asked, and what fails goes to the failures.
+
+    Args:
+        requests: each with what its row in the journal holds beside the answer.
+        kind: of the answer, a dataclass.
+    """
     done = set()
     for row in journal.rows():
         done.add(row["id"])
         report.usage += Usage(**row["usage"])
+    beside: dict[str, Mapping[str, Any]] = {}
+
+    def still_open() -> Iterator[Request]:
+        for request, more in requests:
+            if request.id not in done:
+                beside[request.id] = more
+                yield request
+
     report.failures[name] = 0
     with journal:
-        open_requests = (request for request in requests if request.id not in done)
-        for reply in ask(open_requests, json_reader(kind), config=config.remote):
-            if reply.value is None:
-                report.failures[name] += 1
-                report.usage += reply.usage
-                failures.append({"id": reply.id, "pass": name, "reason": reply.failure, "attempts": reply.attempts})
+        for reply in ask(still_open(), json_reader(kind), config=config.remote):
+            more = beside.pop(reply.id)
+            report.usage += reply.usage
+            if reply.failure is None:
+                journal.append({"id": reply.id, **more, **asdict(reply.value), "usage": asdict(reply.usage)})
             else:
-                report.usage += reply.usage
-                journal.append({"id": reply.id, **more(reply.id), **asdict(reply.value), "usage": asdict(reply.usage)})  # type: ignore[call-overload]
+                report.failures[name] += 1
+                failures.append({"id": reply.id, "pass": name, "reason": reply.failure, "attempts": reply.attempts})
 
 
 def _assemble(
@@ -170,7 +174,7 @@ def _assemble(
             report.unchecked += 1
         elif not holds[name]:
             report.unsupported += 1
-        elif 100 * f1(answers[name], [pair.answer]) >= config.known_f1:
+        elif f1(answers[name], [pair.answer]) >= config.known_f1:
             report.known += 1
         else:
             return True
