@@ -19,7 +19,9 @@ def main() -> int:
     """Say what it will cost, ask, write, say what came of it; 2 after a message for whatever a user can put right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=CONFIG, help="default: %(default)s")
-    parser.add_argument("--output", default="data/conversations.json", help="default: %(default)s; what belongs to it lies beside it")
+    parser.add_argument(
+        "--output", default="data/conversations.json", help="default: %(default)s; what belongs to it lies beside it"
+    )
     parser.add_argument("--tokenizer", default="models/Qwen3-8B", help="whose tokens the lengths count (default: %(default)s)")
     parser.add_argument("--yes", action="store_true", help="start without asking")
     args = parser.parse_args()

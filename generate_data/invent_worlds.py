@@ -14,7 +14,9 @@ def main() -> int:
     """Write ``count`` contexts drawn from a seed; 2 after a message for whatever a user can put right."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path, help="the file to write")
-    parser.add_argument("--kind", choices=("stories", "worlds"), default="stories", help="stories (default) or the CPU world's simple facts")
+    parser.add_argument(
+        "--kind", choices=("stories", "worlds"), default="stories", help="stories (default) or the CPU world's simple facts"
+    )
     parser.add_argument("--count", type=int, default=10_000, help="contexts (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--people", type=int, nargs=2, metavar=("LEAST", "MOST"), help="people in a context")

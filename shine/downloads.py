@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Hub = Literal["huggingface", "modelscope"]
 
@@ -33,6 +33,8 @@ class Item:
         files: patterns of the files to take; none takes all.
         modelscope: its id on ModelScope, where it is there.
     """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     repository: str
     folder: str
@@ -100,7 +102,9 @@ def list_files(name: str, item: Item, *, hub: Hub = "huggingface") -> Listing:
     with _library_errors(f"looking at {item.repository}"):
         listing = _list_huggingface(item) if hub == "huggingface" else _list_modelscope(name, item)
     if not listing.files:
-        raise ValueError(f"{item.repository} holds none of {', '.join(item.files)}: mend the catalogue, or use a mirror that is whole")
+        raise ValueError(
+            f"{item.repository} holds none of {', '.join(item.files)}: mend the catalogue, or use a mirror that is whole"
+        )
     return listing
 
 
@@ -170,11 +174,11 @@ def _list_modelscope(name: str, item: Item) -> Listing:
     if item.modelscope is None or item.kind != "model":
         raise ValueError(f"{name} is not known to be on ModelScope: fetch it from the hub, or from a mirror with HF_ENDPOINT")
     from huggingface_hub.utils import filter_repo_objects
-    from modelscope.hub.api import HubApi
+    from modelscope_hub import HubApi
 
-    rows = {row["Path"]: row for row in HubApi().get_model_files(item.modelscope, recursive=True) if row["Type"] != "tree"}
+    rows = {row.path: row for row in HubApi().list_repo_files(item.modelscope, "model") if not row.is_dir}
     wanted = filter_repo_objects(rows, allow_patterns=list(item.files) or None)
-    return Listing("master", tuple(RemoteFile(path, rows[path]["Size"], rows[path].get("Sha256")) for path in wanted))
+    return Listing("master", tuple(RemoteFile(path, rows[path].size, rows[path].sha256) for path in wanted))
 
 
 def _fetch_huggingface(item: Item, listing: Listing, folder: Path, names: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from shine.data.histograms import plot_lengths
 from shine.data.sources import READERS, read_source
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTEXTS = ["Abro lives in Arlow.", "Ilka keeps an owl.", "Leif said \"no\"\nand left, Zoë."]
+CONTEXTS = ["Abro lives in Arlow.", "Ilka keeps an owl.", 'Leif said "no"\nand left, Zoë.']
 
 
 def squad(folder: Path, *, contexts: list[str], answers: list[list[str]] | None = None) -> SourceConfig:
@@ -149,7 +149,9 @@ def test_a_part_that_turns_out_damaged_leaves_the_earlier_file_as_it_was(tmp_pat
 
 
 def test_lengths_are_drawn(tmp_path: Path) -> None:
-    reports = build_collection(collection("questions", a=squad(tmp_path / "a", contexts=CONTEXTS)), tmp_path / "x.json", tokens=words)
+    reports = build_collection(
+        collection("questions", a=squad(tmp_path / "a", contexts=CONTEXTS)), tmp_path / "x.json", tokens=words
+    )
     plot_lengths(reports, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 

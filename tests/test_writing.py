@@ -43,7 +43,9 @@ def model(call: Call, attempt: int) -> Behaviour:
         return Say(json.dumps({"pairs": written}), usage={"prompt_tokens": 100, "completion_tokens": 30})
     if text.startswith("SUPPORT"):
         return Say(json.dumps({"supported": "Who made" not in text}), usage={"prompt_tokens": 50, "completion_tokens": 5})
-    return Say(json.dumps({"answer": "A stone." if "What is" in text else "unknown"}), usage={"prompt_tokens": 20, "completion_tokens": 4})
+    return Say(
+        json.dumps({"answer": "A stone." if "What is" in text else "unknown"}), usage={"prompt_tokens": 20, "completion_tokens": 4}
+    )
 
 
 @contextmanager

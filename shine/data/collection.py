@@ -119,7 +119,9 @@ def check_parts(config: CollectionConfig) -> None:
     if missing:
         lines = [f"  {name}: no {part.source.path}; {_fetch_command(part)}" for name, part in missing.items()]
         options = " ".join(f"--leave-out {name}" for name in missing)
-        raise ValueError(f"{len(missing)} of {len(config.parts)} parts are missing:\n" + "\n".join(lines) + f"\nor build without: {options}")
+        raise ValueError(
+            f"{len(missing)} of {len(config.parts)} parts are missing:\n" + "\n".join(lines) + f"\nor build without: {options}"
+        )
 
 
 def without_parts(config: CollectionConfig, names: Iterable[str]) -> CollectionConfig:

@@ -79,7 +79,11 @@ def _quail_row(row: Row, place: str) -> tuple[str, str, Turn]:
     options, right = texts(row["answers"], "answers", place), row["correct_answer_id"]
     if not 0 <= right < len(options):
         raise ValueError(f"{place}: correct_answer_id is {right}, there are {len(options)} answers; mend the file")
-    return row["context_id"], row["context"], Turn(row["question"].strip(), (options[right].strip(),), str(row.get("question_type") or ""))
+    return (
+        row["context_id"],
+        row["context"],
+        Turn(row["question"].strip(), (options[right].strip(),), str(row.get("question_type") or "")),
+    )
 
 
 def read_pwc(source: Source) -> Iterator[Example]:
