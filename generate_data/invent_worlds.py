@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from shine.data.collection import written_beside
 from shine.data.stories import Story
@@ -27,7 +28,9 @@ def main() -> int:
     parser.add_argument("--unknown", help="the answer to these")
     args = vars(parser.parse_args())
     output, kind, count = args.pop("output"), args.pop("kind"), args.pop("count")
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items() if value is not None}
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in args.items() if value is not None
+    }
     try:
         if kind == "worlds" and (odd := sorted(set(given) - {"people", "facts", "seed"})):
             raise ValueError(f"--{odd[0]} belongs to stories: leave it out, or --kind stories")

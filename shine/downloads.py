@@ -6,6 +6,7 @@ Addresses, tokens and proxies are those of the libraries (``HF_ENDPOINT``, ``HF_
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
 import json
@@ -127,15 +128,15 @@ def fetch(
         return []
     damaged = [file.name for file in missing if (folder / file.name).exists()]
     if offline():
-        names = ", ".join(file.name for file in missing)
-        raise ValueError(f"{name}: {names} in {folder} missing or damaged, and HF_HUB_OFFLINE is set: unset it and fetch again")
+        listed = ", ".join(file.name for file in missing)
+        raise ValueError(f"{name}: {listed} in {folder} missing or damaged, and HF_HUB_OFFLINE is set: unset it and fetch again")
     folder.mkdir(parents=True, exist_ok=True)
     need, free = sum(file.size for file in missing), shutil.disk_usage(folder).free
     if need > free:
         raise ValueError(f"{name}: {size_of(need)} to fetch, {size_of(free)} free at {folder}: make room, or move the folder")
-    for damaged_name in damaged:
-        say(f"{name}: {damaged_name} differs from the hub's: fetching it again")
-        (folder / damaged_name).unlink()
+    for old in damaged:
+        say(f"{name}: {old} differs from the hub's: fetching it again")
+        (folder / old).unlink()
     names = [file.name for file in missing]
     with _library_errors(f"fetching {item.repository}"):
         if hub == "huggingface":
@@ -160,12 +161,11 @@ def size_of(count: float) -> str:
 
 def _list_huggingface(item: Item) -> Listing:
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import filter_repo_objects
 
-    info = HfApi().repo_info(item.repository, repo_type=item.kind, files_metadata=True)
-    siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
-    wanted = filter_repo_objects(siblings, allow_patterns=list(item.files) or None)
-    found = (siblings[name] for name in wanted)
+    api = HfApi()
+    look = api.model_info if item.kind == "model" else api.dataset_info
+    info = look(item.repository, files_metadata=True)
+    found = [sibling for sibling in info.siblings or [] if _wanted(sibling.rfilename, item)]
     files = tuple(RemoteFile(s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None, s.blob_id) for s in found)
     return Listing(str(info.sha), files)
 
@@ -173,12 +173,15 @@ def _list_huggingface(item: Item) -> Listing:
 def _list_modelscope(name: str, item: Item) -> Listing:
     if item.modelscope is None or item.kind != "model":
         raise ValueError(f"{name} is not known to be on ModelScope: fetch it from the hub, or from a mirror with HF_ENDPOINT")
-    from huggingface_hub.utils import filter_repo_objects
     from modelscope_hub import HubApi
 
-    rows = {row.path: row for row in HubApi().list_repo_files(item.modelscope, "model") if not row.is_dir}
-    wanted = filter_repo_objects(rows, allow_patterns=list(item.files) or None)
-    return Listing("master", tuple(RemoteFile(path, rows[path].size, rows[path].sha256) for path in wanted))
+    rows = HubApi().list_repo_files(item.modelscope, "model")
+    found = (row for row in rows if not row.is_dir and _wanted(row.path, item))
+    return Listing("master", tuple(RemoteFile(row.path, row.size, row.sha256) for row in found))
+
+
+def _wanted(name: str, item: Item) -> bool:
+    return not item.files or any(fnmatch.fnmatch(name, pattern) for pattern in item.files)
 
 
 def _fetch_huggingface(item: Item, listing: Listing, folder: Path, names: Sequence[str]) -> None:

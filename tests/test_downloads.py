@@ -307,7 +307,7 @@ def test_the_shipped_catalogue_holds_what_the_recipe_needs() -> None:
         parts = load(ROOT / "configs" / "collection" / f"{name}.yaml")["parts"].values()
         for part in parts:
             assert f"{part['source']['path']}/".startswith(f"{folders[part['hub']]}/")
-    with pytest.raises(ValueError, match="Unexpected keyword|unknown key|extra"):
+    with pytest.raises(ValueError, match=r"Unexpected keyword|unknown key|extra"):
         parse(dict[str, Item], {"x": {"repository": "a/b", "folder": "c", "licence": "d", "license": "e"}})  # type: ignore[arg-type]
 
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shine.config import SourceConfig
 from shine.data.examples import Example
+from shine.data.sources import read_source
 from shine.data.stories import ATTRIBUTES, FIRST_BORN, UNANSWERABLE, Story
 
+ROOT = Path(__file__).resolve().parent.parent
 NAME = r"[A-Z][a-z]+"
 FORMS = {
     "person": NAME,
@@ -213,3 +220,30 @@ def test_a_thousand_stories_take_seconds() -> None:
     start = time.perf_counter()
     assert sum(1 for _ in Story(seed=1).examples(1000)) == 1000
     assert time.perf_counter() - start < 10
+
+
+def test_the_script_writes_what_a_jsonl_source_reads(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        ROOT / "generate_data" / "invent_worlds.py",
+        tmp_path / "new" / "stories.jsonl",
+        "--count",
+        "30",
+        "--seed",
+        "4",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(read_source(SourceConfig("jsonl", str(tmp_path / "new" / "stories.jsonl")))) == EXAMPLES[:30]
+    refused = subprocess.run([*command, "--kind", "worlds", "--hops", "2"], env=environment, capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr) == (2, "error: --hops belongs to stories: leave it out, or --kind stories\n")
+
+
+def test_a_source_of_stories_takes_what_a_story_does() -> None:
+    given = {"count": 5, "seed": 9, "people": [2, 3], "facts": [3, 5], "turns": 3, "hops": 2, "unanswerable": 0.5, "unknown": "?"}
+    story = Story(people=(2, 3), facts=(3, 5), turns=3, hops=2, unanswerable=0.5, unknown="?", seed=9)
+    assert list(read_source(SourceConfig("stories", options=given))) == list(story.examples(5))
+    for wrong in ({"people": 3}, {"facts": [1]}, {"turns": "many"}, {"hops": 0}):
+        with pytest.raises(ValueError, match=r"stories: |invalid literal"):
+            list(read_source(SourceConfig("stories", options={**given, **wrong})))

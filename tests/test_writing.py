@@ -213,5 +213,5 @@ def test_the_script_asks_before_it_spends(tmp_path: Path) -> None:
 def test_the_shipped_configuration_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     config = parse(WritingConfig, load(ROOT / "configs" / "conversations.yaml"))
     assert config.turns == 8
-    with pytest.raises(ValueError, match="'recall' must hold {question}"):
+    with pytest.raises(ValueError, match=r"'recall' must hold \{question\}"):
         replace(config, recall="Answer.")

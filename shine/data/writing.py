@@ -27,6 +27,7 @@ from shine.remote import Request, Usage, ask, json_reader
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 _CHARACTERS_A_TOKEN = 4
+_NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,11 @@ def write_conversations(config: WritingConfig, output: str | Path, *, tokens: Ca
         )
         _run("writing", write, Written, written, failures, config, report)
         support = (
-            (_request(name, config.support, context=context, question=pair.question, answer=pair.answer), {})
+            (_request(name, config.support, context=context, question=pair.question, answer=pair.answer), _NOTHING)
             for name, context, pair in _pairs(written)
         )
         _run("support", support, Supported, supported, failures, config, report)
-        recall = ((_request(name, config.recall, question=pair.question), {}) for name, _, pair in _pairs(written))
+        recall = ((_request(name, config.recall, question=pair.question), _NOTHING) for name, _, pair in _pairs(written))
         _run("recall", recall, Recalled, recalled, failures, config, report)
     _assemble(config, output, (written, supported, recalled), report, tokens)
     return report
@@ -155,7 +156,7 @@ def _run(
         for reply in ask(still_open(), json_reader(kind), config=config.remote):
             more = beside.pop(reply.id)
             report.usage += reply.usage
-            if reply.failure is None:
+            if reply.value is not None:
                 journal.append({"id": reply.id, **more, **asdict(reply.value), "usage": asdict(reply.usage)})
             else:
                 report.failures[name] += 1

@@ -23,8 +23,15 @@ def read_stories(
 ) -> Iterator[Example]:
     """Invented stories, ``count`` of them drawn from ``seed``; the rest as in `Story`."""
     try:
-        pairs = {"people": (int(people[0]), int(people[1])), "facts": (int(facts[0]), int(facts[1]))}
-        numbers = {"turns": int(turns), "hops": int(hops), "unanswerable": float(unanswerable), "seed": int(seed)}
-        return Story(**pairs, **numbers, unknown=str(unknown)).examples(int(count))
+        story = Story(
+            people=(int(people[0]), int(people[1])),
+            facts=(int(facts[0]), int(facts[1])),
+            turns=int(turns),
+            hops=int(hops),
+            unanswerable=float(unanswerable),
+            unknown=str(unknown),
+            seed=int(seed),
+        )
+        return story.examples(int(count))
     except (TypeError, IndexError) as error:
         raise ValueError(f"stories: people and facts must be pairs of whole numbers, the rest numbers ({error})") from None
