@@ -1,4 +1,4 @@
-"""Rebuild the single-question collection (1QA, ``ift_c1qa.json``) from its public parts: each question is an item of its own."""
+"""Rebuild the single-question collection (1QA, ift_c1qa.json) from its public parts: each question is an item of its own."""
 
 import sys
 

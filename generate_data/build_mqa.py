@@ -1,4 +1,4 @@
-"""Rebuild the multi-turn collection (MQA, ``ift_pwc.json``) from its public parts: all questions of a context are one conversation."""
+"""Rebuild the multi-turn collection (MQA, ift_pwc.json) from its public parts: all questions of a context are one conversation."""
 
 import sys
 

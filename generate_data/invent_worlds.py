@@ -1,4 +1,4 @@
-"""Write invented worlds or stories as JSON lines, which a `jsonl` source reads: nothing in them can be known without the context."""
+"""Write invented worlds or stories as JSON lines, for a jsonl source: nothing in them can be known without the context."""
 
 import argparse
 import json

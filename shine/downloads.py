@@ -1,7 +1,7 @@
 """Models, checkpoints and data sets onto this machine, from the Hugging Face hub or ModelScope, each file held against its hash.
 
-Addresses, tokens and proxies are those of the libraries (``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``; ``MODELSCOPE_ENDPOINT``,
-``MODELSCOPE_API_TOKEN``), and so is going on after an interruption in the middle of a file.
+Addresses, tokens and proxies are those of the libraries (``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``;
+``MODELSCOPE_ENDPOINT``, ``MODELSCOPE_API_TOKEN``), and so is going on after an interruption in the middle of a file.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def list_files(name: str, item: Item, *, hub: Hub = "huggingface") -> Listing:
         record = _record(name, item)
         if not record.is_file():
             raise ValueError(
-                f"HF_HUB_OFFLINE is set and {item.folder} holds no finished download of {name}: unset it, or copy the folder from a "
-                "machine that has it"
+                f"HF_HUB_OFFLINE is set and {item.folder} holds no finished download of {name}: unset it, or copy the folder "
+                "from a machine that has it"
             )
         kept = json.loads(record.read_text(encoding="utf-8"))
         return Listing(kept["revision"], tuple(RemoteFile(**file) for file in kept["files"]))
@@ -232,6 +232,6 @@ def _library_errors(what: str) -> Iterator[None]:
     except Exception as error:  # their own families, and those of the HTTP libraries below them
         text = " ".join(str(error).split())
         raise ValueError(
-            f"{what} failed ({type(error).__name__}: {text:.300}): check the network and run it again, it goes on where it stopped; or set "
-            "HF_ENDPOINT to a mirror; some repositories need `hf auth login` first"
+            f"{what} failed ({type(error).__name__}: {text:.300}): check the network and run it again, it goes on where it stopped; or "
+            "set HF_ENDPOINT to a mirror; some repositories need `hf auth login` first"
         ) from error

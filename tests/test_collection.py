@@ -173,6 +173,7 @@ def test_the_shipped_collections_name_the_published_parts(name: str, parts: str,
         check_parts(config)
 
 
+@pytest.mark.slow
 def test_the_script_builds_and_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "tokenizer" / "config.json").write_text('{"model_type": "qwen3"}')

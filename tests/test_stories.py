@@ -222,6 +222,7 @@ def test_a_thousand_stories_take_seconds() -> None:
     assert time.perf_counter() - start < 10
 
 
+@pytest.mark.slow
 def test_the_script_writes_what_a_jsonl_source_reads(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -70,13 +70,13 @@ class WritingReport:
     unchecked: int = 0
     kept: int = 0
     failures: dict[str, int] = field(default_factory=dict)
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
 
     def __str__(self) -> str:
         failed = ", ".join(f"{count:,} {name}" for name, count in self.failures.items() if count) or "none"
         return (
-            f"{self.contexts:,} contexts, {self.pairs:,} pairs written: {self.kept:,} kept, {self.unsupported:,} not supported by their "
-            f"context, {self.known:,} known without it, {self.unchecked:,} not checked\nfailed requests: {failed}"
+            f"{self.contexts:,} contexts, {self.pairs:,} pairs written: {self.kept:,} kept, {self.unsupported:,} not supported by "
+            f"their context, {self.known:,} known without it, {self.unchecked:,} not checked\nfailed requests: {failed}"
         )
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from shine.data.examples import Example, Turn
 from shine.data.sources.files import Row, Source, parsed, texts
+
+from shine.data.examples import Example, Turn
 
 CANNOT_ANSWER = "CANNOTANSWER"
 """What QuAC has in place of an answer, and at the end of each context."""
 
 
 def read_quac(source: Source) -> Iterator[Example]:
-    """``allenai/quac``: a section of an encyclopedia and a dialogue about it. What its teacher could not answer comes without an answer."""
+    """``allenai/quac``: a section of an encyclopedia and a dialogue about it. What could not be answered comes without an answer."""
     return parsed(source, {"dialogue_id": str, "context": str, "questions": Sequence, "orig_answers": Mapping}, _quac_row)
 
 
@@ -42,7 +43,7 @@ def _dialogue(questions: Sequence[str], answers: Sequence[str], place: str, *, k
 
 
 def read_drop(source: Source) -> Iterator[Example]:
-    """``ucinlp/drop``: questions that count and compare. An answer of several spans is their list; the kind is that of the first."""
+    """``ucinlp/drop``: questions that count and compare. Several spans are one answer, a list; the kind is that of the first."""
     return _passages(parsed(source, {"query_id": str, "passage": str, "question": str, "answers_spans": Mapping}, _drop_row))
 
 
@@ -55,7 +56,7 @@ def _drop_row(row: Row, place: str) -> tuple[str, str, Turn]:
 
 
 def read_narrativeqa(source: Source) -> Iterator[Example]:
-    """``deepmind/narrativeqa``: questions about a book or film, on its summary; the whole text is far longer than any context here."""
+    """``deepmind/narrativeqa``: questions about a book or film, on its summary; the whole text is far longer than a context."""
     return _passages(parsed(source, {"document": Mapping, "question": Mapping, "answers": Sequence}, _narrativeqa_row))
 
 
@@ -70,7 +71,7 @@ def _narrativeqa_row(row: Row, place: str) -> tuple[str, str, Turn]:
 
 
 def read_quail(source: Source) -> Iterator[Example]:
-    """``textmachinelab/quail``: answered by the text of the right option, "not enough information" among them. The kind is its type."""
+    """``textmachinelab/quail``: the text of the right option, "not enough information" among them. The kind is its type."""
     columns = {"context_id": str, "context": str, "question": str, "answers": Sequence, "correct_answer_id": int}
     return _passages(parsed(source, columns, _quail_row, more=["question_type"]))
 
@@ -107,7 +108,7 @@ def _newsqa_row(row: Row, place: str) -> tuple[str, str, Turn]:
 
 
 def read_duorc(source: Source) -> Iterator[Example]:
-    """``ibm-research/duorc``, folder ``SelfRC`` or ``ParaphraseRC``: plots of films. Some questions have no answer and come without one."""
+    """``ibm-research/duorc``, folder ``SelfRC`` or ``ParaphraseRC``: plots of films. Some questions come without an answer."""
     columns = {"plot_id": str, "plot": str, "question": str, "answers": Sequence, "no_answer": bool}
     return _passages(parsed(source, columns, _duorc_row))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shine.data.examples import Example
 from shine.data.sources.files import Source
+
+from shine.data.examples import Example
 from shine.data.stories import Story
 
 
