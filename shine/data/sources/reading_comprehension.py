@@ -14,7 +14,7 @@ CANNOT_ANSWER = "CANNOTANSWER"
 
 
 def read_quac(source: Source) -> Iterator[Example]:
-    """``allenai/quac``: a section of an encyclopedia and a dialogue about it. What could not be answered comes without an answer."""
+    """``allenai/quac``: a section of an encyclopedia and a dialogue about it. What it leaves open comes without an answer."""
     return parsed(source, {"dialogue_id": str, "context": str, "questions": Sequence, "orig_answers": Mapping}, _quac_row)
 
 
