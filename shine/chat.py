@@ -6,7 +6,7 @@ in both (SmolLM2's adds a system turn, Qwen3's a think block).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,6 +84,18 @@ def token_starts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [start for start, _ in encoded["offset_mapping"]]
 
 
+def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
+    """How many tokens each text has."""
+    if not texts:
+        return []
+    return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def token_counter(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], int]:
+    """How many tokens a text has, as a function of the text."""
+    return lambda text: len(token_ids(tokenizer, text))
+
+
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, max_length: int | None = None
 ) -> EncodedConversation:
@@ -93,15 +105,31 @@ def encode_conversation(
         messages: the turns in order.
         max_length: tokens beyond this are dropped at the end.
     """
-    input_ids: list[int] = []
-    labels: list[int] = []
-    for message in messages:
-        header = token_ids(tokenizer, f"{START}{message.role}\n")
-        body = token_ids(tokenizer, f"{message.content}{END}\n")
-        input_ids += header + body
-        labels += [IGNORE] * len(header) + (body if message.role == "assistant" else [IGNORE] * len(body))
-    limit = len(input_ids) if max_length is None else max_length
-    return EncodedConversation(input_ids[:limit], labels[:limit], dropped=max(len(input_ids) - limit, 0))
+    return encode_conversations(tokenizer, [messages], max_length=max_length)[0]
+
+
+def encode_conversations(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]], *, max_length: int | None = None
+) -> list[EncodedConversation]:
+    """`encode_conversation` of each, tokenised by one call."""
+    pieces = [
+        text
+        for messages in conversations
+        for message in messages
+        for text in (f"{START}{message.role}\n", f"{message.content}{END}\n")
+    ]
+    ids = iter(tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] if pieces else ())
+    encoded = []
+    for messages in conversations:
+        input_ids: list[int] = []
+        labels: list[int] = []
+        for message in messages:
+            header, body = next(ids), next(ids)
+            input_ids += header + body
+            labels += [IGNORE] * len(header) + (body if message.role == "assistant" else [IGNORE] * len(body))
+        limit = len(input_ids) if max_length is None else max_length
+        encoded.append(EncodedConversation(input_ids[:limit], labels[:limit], dropped=max(len(input_ids) - limit, 0)))
+    return encoded
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, assistant_prefix: str = "") -> list[int]:

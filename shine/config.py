@@ -116,6 +116,10 @@ class SourceConfig:
         split: which split of the folder.
         skip: leave out the first so many contexts.
         limit: then take only the first so many.
+        malformed: whether a row that is not as it should be is refused, or skipped and counted.
+        part: ``all`` contexts, or one side of a split by context (see `shine.data.splits`): ``train``, or those ``held_out``.
+        held_out: the share of contexts held out.
+        split_seed: of which ones.
         options: what the reader of this kind takes beside these.
     """
 
@@ -124,6 +128,10 @@ class SourceConfig:
     split: str = "train"
     skip: Count = 0
     limit: Positive | None = None
+    malformed: Literal["refuse", "skip"] = "refuse"
+    part: Literal["all", "train", "held_out"] = "all"
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -147,6 +155,8 @@ class StageConfig:
         epochs: passes over the data, unless ``steps`` says how many optimizer steps.
         batch_size: sequences an optimizer step, over all ranks and micro-batches.
         micro_batch_size: sequences a forward pass of one rank.
+        length_window: so many batches at a time are drawn, and shared out among themselves by length, so that little is padded;
+            zero draws each batch by itself.
         learning_rate: the peak, reached after ``warmup_steps`` and brought down to zero linearly.
         clip: largest global gradient norm.
         evaluate_every, save_every, log_every: in steps; zero means never (save: only at the end).
@@ -167,6 +177,7 @@ class StageConfig:
     steps: Positive | None = None
     batch_size: Positive = 32
     micro_batch_size: Positive = 1
+    length_window: Count = 0
     weight_decay: NotNegative = 0.01
     clip: PositiveFloat = 1.0
     evaluate_every: Count = 0

@@ -13,7 +13,8 @@ import transformers
 from conftest import tiny_hypernetwork_config, tiny_tokenizer
 
 from shine.config import BackboneConfig, DataConfig, SourceConfig, StageConfig, TrainConfig
-from shine.data.samples import Sample, build_samples
+from shine.data.build import samples_of
+from shine.data.samples import Sample
 from shine.data.sources import read_source
 from shine.training.monitor import METRICS_FILE
 
@@ -51,7 +52,7 @@ def train_config(folder: str, output: Path, **changes: Any) -> TrainConfig:
 
 def stage_samples(name: str, count: int) -> list[Sample]:
     config = stage_config(name)
-    samples = build_samples(read_source(WORLDS), tiny_tokenizer(), config, task_tokens=BackboneConfig(path="x").task_tokens, seed=0)
+    samples = samples_of(read_source(WORLDS), tiny_tokenizer(), config, task_tokens=BackboneConfig(path="x").task_tokens, seed=0)
     found = [samples.sample(index, epoch=0) for index in range(count)]
     return [sample for sample in found if sample is not None]
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_samples import SENTENCES, TOKENIZER, example, pretrain, stage
 
 from shine.data.batching import SampleStream, collate, pad_left
 from shine.data.samples import AnswerSamples, Sample
+from shine.data.tally import Tally
 
 
 def named(count: int, *, unusable: Sequence[int] = ()) -> AnswerSamples:
     """Samples "0", "1", …; the unusable ones have a question longer than the conversation may be."""
     examples = [example(str(n), "c", ("q" * (300 if n in unusable else 1), "a")) for n in range(count)]
-    return AnswerSamples(examples, TOKENIZER, stage("mqa", conversation=100))
+    return AnswerSamples.build(examples, TOKENIZER, stage("mqa", conversation=100))
 
 
 def ids_of(batches: list[list[Sample]]) -> list[str]:
@@ -66,7 +70,7 @@ def test_a_streams_state_can_be_set_on_a_stream_that_has_already_run() -> None:
     assert next(other) == next(stream)
 
 
-def test_unusable_samples_are_replaced_by_those_that_follow() -> None:
+def test_unusable_samples_are_left_out() -> None:
     stream = SampleStream(named(6, unusable=[1, 4]), batch_size=4, seed=0)
     batches = [next(stream) for _ in range(3)]
     assert [len(batch) for batch in batches] == [4, 4, 4]
@@ -75,17 +79,55 @@ def test_unusable_samples_are_replaced_by_those_that_follow() -> None:
         assert sorted(found[start : start + 4]) == ["0", "2", "3", "5"]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_one_usable_sample_is_enough(seed: int) -> None:
-    """It may come first in one epoch and last in the next."""
-    stream = SampleStream(named(20, unusable=range(1, 20)), 3, seed)
-    assert [sample.id for _ in range(3) for sample in next(stream)] == ["0"] * 9
+class Lengths:
+    """Samples that are nothing but their lengths."""
+
+    fingerprint = ""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = np.array(lengths)
+        self.tally = Tally()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def sample(self, index: int, *, epoch: int) -> Sample:
+        return Sample(str(index), [0] * int(self.lengths[index]), [], [])
 
 
-def test_when_no_sample_is_usable_the_stream_ends_with_an_error() -> None:
-    stream = SampleStream(named(4, unusable=range(4)), batch_size=2, seed=0)
-    with pytest.raises(ValueError, match=r"no sample is usable: .*no label left.*conversation_length"):
-        next(stream)
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    batch_size=st.integers(1, 7),
+    window=st.integers(0, 4),
+    steps=st.integers(0, 12),
+)
+def test_batches_by_length_are_still_permutations_and_continue_exactly(
+    lengths: list[int], batch_size: int, window: int, steps: int
+) -> None:
+    stream = SampleStream(Lengths(lengths), batch_size, seed=5, window=window)
+    found = ids_of([next(stream) for _ in range(steps)])
+    for start in range(0, len(found) - len(lengths) + 1, len(lengths)):
+        assert sorted(found[start : start + len(lengths)], key=int) == [str(n) for n in range(len(lengths))]
+    later = SampleStream(Lengths(lengths), batch_size, seed=5, window=window, epoch=stream.epoch, offset=stream.offset)
+    assert [next(later) for _ in range(4)] == [next(stream) for _ in range(4)]
+
+
+def test_batches_by_length_hold_what_is_equally_long() -> None:
+    lengths = [(7 * n) % 64 for n in range(64 * 4 + 3)]
+    spread = {}
+    for window in (0, 8):
+        stream = SampleStream(Lengths(lengths), batch_size=8, seed=1, window=window)
+        # Over the ends of epochs too, where a batch begins in one and ends in the next.
+        batches = [[len(sample.context_ids) for sample in next(stream)] for _ in range(96)]
+        spread[window] = sum(max(batch) - min(batch) for batch in batches) / len(batches)
+    # Eight batches of eight drawn from 0 … 63 and shared out by length: about eight apart. By themselves: 49 on average.
+    assert spread[8] < 14 < 40 < spread[0]
+
+
+def test_batches_by_length_come_in_no_order_of_length() -> None:
+    stream = SampleStream(Lengths(range(64)), batch_size=8, seed=1, window=8)
+    firsts = [len(next(stream)[0].context_ids) for _ in range(8)]
+    assert sorted(firsts) == list(range(0, 64, 8)) != firsts
 
 
 def test_rows_are_padded_on_the_left() -> None:

@@ -18,7 +18,7 @@ from shine.chat import Message, encode_conversation, encode_prompt, token_ids
 from shine.checkpoint import CheckpointInfo, save_hypernetwork
 from shine.config import BackboneConfig, DataConfig, EvaluationConfig, PromptConfig, SourceConfig, StageConfig
 from shine.data.examples import Example, Turn
-from shine.data.samples import CutTally
+from shine.data.tally import Tally
 from shine.evaluation import pretraining, qa
 from shine.evaluation.methods import Asked, Method
 from shine.evaluation.plots import smooth
@@ -283,7 +283,7 @@ def test_answers_that_had_not_ended_are_counted(tiny_backbone_folder: str, check
 
 def test_a_context_is_cut_between_characters(tiny_backbone_folder: str, tmp_path: Path) -> None:
     """Four bytes, hence four tokens a character: a limit of six leaves one whole character."""
-    tally = CutTally()
+    tally = Tally()
     example = Example("x", "🙂🙃🙂", (Turn("Who?", ("Ada",)),))
     kept = list(qa.usable_examples([example], tiny_tokenizer(), context_length=6, questions=True, tally=tally))
     assert [found.context for found in kept] == ["🙂"]

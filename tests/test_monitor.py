@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shine.backbone import Backbone
 from shine.data.batching import collate
-from shine.data.samples import build_samples
+from shine.data.build import samples_of
 from shine.data.sources import read_source
 from shine.hypernetwork import Hypernetwork
 from shine.training import needs
@@ -45,7 +45,7 @@ def test_the_arithmetic_is_what_torch_counts(checkpointing: bool, make_backbone:
     backbone.model.set_attn_implementation("eager")
     hypernetwork = Hypernetwork(tiny_hypernetwork_config(), backbone)
     config = train_config("x", tmp_path, stage=stage)
-    samples = build_samples(list(read_source(WORLDS))[:1], tiny_tokenizer(), stage, task_tokens=config.backbone.task_tokens, seed=0)
+    samples = samples_of(list(read_source(WORLDS))[:1], tiny_tokenizer(), stage, task_tokens=config.backbone.task_tokens, seed=0)
     found = needs.estimate(config, backbone, hypernetwork, samples, steps=10, ranks=1)
     assert samples.tally.samples == 0, "what is only looked at is not drawn"
     sample = samples.sample(0, epoch=0)

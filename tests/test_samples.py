@@ -8,15 +8,19 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shine.config import StageConfig, TaskTokens
+from shine.data.build import samples_of
 from shine.data.examples import Example, Turn
 from shine.data.grouping import first_fit
-from shine.data.samples import AnswerSamples, CutTally, PretrainSamples, Sample, build_samples, hide_end, split_text
+from shine.data.pieces import hide_end, split_text
+from shine.data.samples import AnswerSamples, PretrainSamples, Sample
+from shine.data.tally import Tally
 
 TOKENIZER = tiny_tokenizer()
 SEPARATOR = 0
@@ -89,15 +93,22 @@ def test_hiding_the_end_of_nothing_is_nothing(text: str) -> None:
 costs = st.lists(st.tuples(st.integers(0, 10), st.integers(0, 20)), max_size=60)
 
 
+def fit(costs: Sequence[tuple[int, int]], *, limits: tuple[int, int], open_groups: int) -> list[list[int]]:
+    found = first_fit(np.array(costs, dtype=np.int64).reshape(-1, 2), limits=limits, open_groups=open_groups)
+    groups = [found[index] for index in range(len(found))]
+    assert found.totals.tolist() == [sum(costs[item][0] for item in group) for group in groups]
+    return groups
+
+
 @given(costs=costs, open_groups=st.integers(1, 6))
 def test_first_fit_is_a_partition_within_both_budgets(costs: list[tuple[int, int]], open_groups: int) -> None:
-    groups = first_fit(costs, limits=(10, 20), open_groups=open_groups)
+    groups = fit(costs, limits=(10, 20), open_groups=open_groups)
     assert sorted(itertools.chain.from_iterable(groups)) == list(range(len(costs)))
     for group in groups:
         assert group == sorted(group)
         assert sum(costs[item][0] for item in group) <= 10
         assert sum(costs[item][1] for item in group) <= 20
-    assert groups == first_fit(list(costs), limits=(10, 20), open_groups=open_groups)
+    assert groups == fit(list(costs), limits=(10, 20), open_groups=open_groups)
 
 
 @given(costs=costs)
@@ -110,12 +121,12 @@ def test_with_all_groups_open_each_item_goes_to_the_first_that_has_room(costs: l
                 break
         else:
             wanted.append([item])
-    assert first_fit(costs, limits=(10, 20), open_groups=1000) == wanted
+    assert fit(costs, limits=(10, 20), open_groups=1000) == wanted
 
 
 def test_the_fullest_group_is_closed_when_one_more_is_needed() -> None:
     # 6 and 7 are open; 5 closes the 7, so that 4 joins the 6 and 3 would have joined the 7.
-    assert first_fit([(6, 0), (7, 0), (5, 0), (4, 0), (3, 0)], limits=(10, 9), open_groups=2) == [[1], [0, 3], [2, 4]]
+    assert fit([(6, 0), (7, 0), (5, 0), (4, 0), (3, 0)], limits=(10, 9), open_groups=2) == [[1], [0, 3], [2, 4]]
 
 
 RECON, COMP = "<RECON>", "<COMP>"
@@ -125,7 +136,7 @@ SENTENCES = [f"t{n} " + " ".join(f"w{k}" for k in range(5 + n % 4)) for n in ran
 def pretrain(texts: Sequence[str] = SENTENCES, *, seed: int = 1, tokenizer: Any = TOKENIZER, **options: Any) -> PretrainSamples:
     lengths = {key: options.pop(key) for key in ("context", "conversation") if key in options}
     examples = [Example(str(n), text) for n, text in enumerate(texts)]
-    return PretrainSamples(examples, tokenizer, stage(**lengths), task_tokens=TaskTokens(), seed=seed, **options)
+    return PretrainSamples.build(examples, tokenizer, stage(**lengths), task_tokens=TaskTokens(), seed=seed, **options)
 
 
 def all_samples(samples: PretrainSamples, *, epoch: int = 0) -> list[Sample]:
@@ -251,7 +262,7 @@ def test_long_texts_that_were_split_are_counted() -> None:
 def test_groups_are_filled() -> None:
     # 20 texts of 9 tokens: 10 with their separator, so ten to a context of 100; the conversation has room for all.
     samples = pretrain(["ab cd efg"] * 20, context=100, conversation=2000)
-    assert [len(group) for group in samples.groups] == [10, 10]
+    assert [len(samples.groups[index]) for index in range(len(samples))] == [10, 10]
 
 
 def test_blank_texts_are_left_out_and_counted() -> None:
@@ -285,7 +296,7 @@ def conversation_text(*turns: tuple[str, str]) -> str:
 
 
 def test_mqa_is_one_conversation_a_context() -> None:
-    samples = AnswerSamples([TWO, ONE], TOKENIZER, stage("mqa"))
+    samples = AnswerSamples.build([TWO, ONE], TOKENIZER, stage("mqa"))
     assert len(samples) == 2
     sample = samples.sample(0, epoch=0)
     assert sample.id == "two"
@@ -295,7 +306,7 @@ def test_mqa_is_one_conversation_a_context() -> None:
 
 
 def test_1qa_is_one_question_a_sample_each_with_the_context() -> None:
-    samples = AnswerSamples([TWO, ONE], TOKENIZER, stage("1qa"))
+    samples = AnswerSamples.build([TWO, ONE], TOKENIZER, stage("1qa"))
     found = [samples.sample(index, epoch=0) for index in range(len(samples))]
     assert [TOKENIZER.decode(s.input_ids) for s in found] == [
         conversation_text(turn) for turn in (("Who?", "Abro"), ("Where?", "Arlow"), ("What?", "lute"))
@@ -306,7 +317,7 @@ def test_1qa_is_one_question_a_sample_each_with_the_context() -> None:
 
 @pytest.mark.parametrize("name", ["mqa", "1qa"])
 def test_the_context_is_not_in_the_conversation(name: str) -> None:
-    samples = AnswerSamples([TWO, ONE], TOKENIZER, stage(name))
+    samples = AnswerSamples.build([TWO, ONE], TOKENIZER, stage(name))
     for index in range(len(samples)):
         assert "lives" not in TOKENIZER.decode(samples.sample(index, epoch=0).input_ids)
 
@@ -315,13 +326,13 @@ def test_cut_contexts_and_conversations_are_counted() -> None:
     # Contexts are 20 tokens each; conversations 61 and 34 tokens.
     turns = conversation_text(("Who?", "Abro"), ("Where?", "Arlow")), conversation_text(("What?", "lute"))
     lengths = [len(re.sub(r"<\|\w+\|>", "#", text)) for text in turns]
-    samples = AnswerSamples([TWO, ONE], TOKENIZER, stage("mqa", context=15, conversation=lengths[0] - 4))
+    samples = AnswerSamples.build([TWO, ONE], TOKENIZER, stage("mqa", context=15, conversation=lengths[0] - 4))
     cut, whole = (samples.sample(index, epoch=0) for index in (0, 1))
     assert TOKENIZER.decode(cut.context_ids) == TWO.context[:15]
     assert (cut.context_dropped, cut.conversation_dropped) == (5, 4)
     assert len(cut.input_ids) == len(cut.labels) == lengths[0] - 4
     assert (whole.context_dropped, whole.conversation_dropped) == (5, 0)
-    assert samples.tally == CutTally(
+    assert samples.tally == Tally(
         samples=2, contexts_cut=2, context_tokens_dropped=10, conversations_cut=1, conversation_tokens_dropped=4
     )
     assert str(samples.tally) == "2 samples: 2 contexts cut (10 tokens), 1 conversations cut (4 tokens)"
@@ -329,9 +340,8 @@ def test_cut_contexts_and_conversations_are_counted() -> None:
 
 def test_a_conversation_without_a_label_left_is_skipped_and_counted() -> None:
     long = example("long", "x", ("q" * 300, "a"))
-    samples = AnswerSamples([long, ONE], TOKENIZER, stage("1qa", conversation=100))
-    assert samples.sample(0, epoch=0) is None
-    assert samples.sample(1, epoch=0) is not None
+    samples = AnswerSamples.build([long, ONE], TOKENIZER, stage("1qa", conversation=100))
+    assert [samples.sample(index, epoch=0).id for index in range(len(samples))] == ["one/0"]
     assert samples.tally.skipped == {"no label left after truncation, raise stage.conversation_length": 1}
     assert samples.tally.samples == 1
     assert "1 skipped: no label left after truncation" in str(samples.tally)
@@ -340,7 +350,7 @@ def test_a_conversation_without_a_label_left_is_skipped_and_counted() -> None:
 @pytest.mark.parametrize("name", ["mqa", "1qa"])
 def test_an_empty_context_and_one_without_questions_are_skipped_and_counted(name: str) -> None:
     examples = [example("a", " \n", ("q", "a"), ("r", "b")), Example("b", "text", ()), ONE]
-    samples = AnswerSamples(examples, TOKENIZER, stage(name))
+    samples = AnswerSamples.build(examples, TOKENIZER, stage(name))
     assert [samples.sample(i, epoch=0).id.split("/")[0] for i in range(len(samples))] == ["one"]
     assert samples.tally.skipped == {"empty context": 1, "no question": 1}
 
@@ -348,9 +358,9 @@ def test_an_empty_context_and_one_without_questions_are_skipped_and_counted(name
 @pytest.mark.parametrize("name", ["pretrain", "mqa", "1qa"])
 def test_a_stage_without_any_sample_is_an_error(name: str) -> None:
     with pytest.raises(ValueError, match=f"no sample for stage {name}"):
-        build_samples([], TOKENIZER, stage(name), task_tokens=TaskTokens(), seed=0)
+        samples_of([], TOKENIZER, stage(name), task_tokens=TaskTokens(), seed=0)
 
 
 @pytest.mark.parametrize(("name", "count"), [("pretrain", 1), ("mqa", 2), ("1qa", 3)])
 def test_each_stage_gets_its_kind_of_samples(name: str, count: int) -> None:
-    assert len(build_samples([TWO, ONE], TOKENIZER, stage(name), task_tokens=TaskTokens(), seed=0)) == count
+    assert len(samples_of([TWO, ONE], TOKENIZER, stage(name), task_tokens=TaskTokens(), seed=0)) == count

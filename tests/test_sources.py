@@ -17,8 +17,9 @@ from conftest import tiny_tokenizer
 
 from shine.config import SourceConfig, StageConfig, TaskTokens
 from shine.data.examples import Example, Turn
-from shine.data.samples import CutTally, PretrainSamples, answerable
+from shine.data.samples import PretrainSamples
 from shine.data.sources import READERS, look_into, read_source
+from shine.data.tally import Tally, answerable
 from shine.data.worlds import World
 
 TOKENIZER = tiny_tokenizer()
@@ -71,7 +72,7 @@ def test_a_question_without_an_answer_is_left_out_and_counted(tmp_path: Path) ->
     # SQuAD 2.0 has the same columns, and questions that have no answer.
     nothing = {"text": [], "answer_start": []}
     folder = squad_folder(tmp_path, answers=[nothing, {"text": ["Arlow"], "answer_start": [3]}, nothing])
-    tally = CutTally()
+    tally = Tally()
     usable = list(answerable(read("squad", folder), tally))
     assert usable == [Example("q1", "first", (Turn("Where?", ("Arlow",)),))]
     assert str(tally).endswith(", 2 skipped: question without an answer (first q1)")
@@ -205,7 +206,7 @@ def test_a_missing_folder_or_file_is_named(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(("kind", "column"), [("squad", "context"), ("race", "article"), ("text", "text")])
 def test_a_folder_with_other_columns_says_which_are_missing(tmp_path: Path, kind: str, column: str) -> None:
     folder = parquet(tmp_path, "validation", something=["x"], id=["1"])
-    with pytest.raises(ValueError, match=rf"{re.escape(folder)}: no column .*{column}.*something") as error:
+    with pytest.raises(ValueError, match=rf"{re.escape(folder)}.*: no column .*{column}.*something") as error:
         read(kind, folder)
     assert kind in str(error.value)
 
@@ -323,7 +324,7 @@ def test_pretraining_text_is_read_row_by_row() -> None:
 
 
 def test_pretraining_samples_of_real_text_fit_their_budgets() -> None:
-    samples = PretrainSamples(
+    samples = PretrainSamples.build(
         read("text", shared("pretrain_text"), limit=4),
         TOKENIZER,
         stage(context=300, conversation=400),

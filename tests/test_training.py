@@ -24,7 +24,7 @@ from shine.backbone import Backbone
 from shine.checkpoint import load_hypernetwork, read_info
 from shine.config import BackboneConfig, DataConfig, HypernetworkConfig, M2PConfig, SourceConfig, TaskTokens, TrainConfig, parse
 from shine.data.batching import collate
-from shine.data.samples import build_samples
+from shine.data.build import samples_of
 from shine.data.sources import read_source
 from shine.released import read_released
 from shine.training.loop import train
@@ -213,7 +213,7 @@ def test_validation_measures_what_it_says(tiny_backbone_folder: str, tmp_path: P
     backbone, tokenizer = load_backbone(config.backbone, targets=config.hypernetwork.targets)
     hypernetwork = load_hypernetwork(final, backbone)
     mixed = [example for pair in zip(read_source(WORLDS), read_source(other), strict=False) for example in pair][:12]
-    samples = build_samples(mixed, tokenizer, stage, task_tokens=TaskTokens(), seed=0)
+    samples = samples_of(mixed, tokenizer, stage, task_tokens=TaskTokens(), seed=0)
     losses, right, adapters = [], [], []
     with torch.no_grad():
         for index in range(12):

@@ -82,11 +82,15 @@ class SampleStream:
     """Global batches of samples without end, in an order that (seed, epoch, offset) fixes for any number of ranks.
 
     ``epoch`` and ``offset`` say where the next batch begins; setting them continues a stream exactly.
+
+    Attributes:
+        window: so many batches at a time are put together by length; zero leaves each epoch's order random.
     """
 
     samples: StageSamples
     batch_size: int
     seed: int
+    window: int = 0
     epoch: int = 0
     offset: int = 0
 
@@ -94,30 +98,35 @@ class SampleStream:
         return self
 
     def __next__(self) -> list[Sample]:
-        """The next ``batch_size`` samples; skipped ones are replaced by those that follow.
-
-        Raises:
-            ValueError: a whole epoch held no usable sample.
-        """
+        """The next ``batch_size`` samples, across the end of an epoch where it comes."""
         batch: list[Sample] = []
-        fruitless = 0
         while len(batch) < self.batch_size:
-            order = self._order()
-            sample = self.samples.sample(order[self.offset], epoch=self.epoch)
-            fruitless = 0 if sample is not None else fruitless + 1
-            # Each epoch has an order of its own: the same sample may come first in one and last in the next.
-            if fruitless > 2 * len(self.samples):
-                raise ValueError(f"no sample is usable: {self.samples.tally}; raise stage.conversation_length")
-            if sample is not None:
-                batch.append(sample)
+            batch.append(self.samples.sample(int(self._order()[self.offset]), epoch=self.epoch))
             self.offset += 1
             if self.offset == len(self.samples):
                 self.epoch, self.offset = self.epoch + 1, 0
         return batch
 
-    def _order(self) -> list[int]:
+    def _order(self) -> Tensor:
         if getattr(self, "_ordered_epoch", None) != self.epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            self._ordered: list[int] = torch.randperm(len(self.samples), generator=generator).tolist()
+            self._ordered = self._draw_order(self.epoch)
             self._ordered_epoch = self.epoch
         return self._ordered
+
+    def _draw_order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        count = len(self.samples)
+        order = torch.randperm(count, generator=generator)
+        if not self.window:
+            return order
+        # The first samples of an epoch complete the batch that the epoch before has begun.
+        head = -epoch * count % self.batch_size
+        lengths = torch.as_tensor(self.samples.lengths)
+        pieces = [order[:head]]
+        for window in order[head:].split(self.window * self.batch_size):
+            batches = window[lengths[window].argsort(stable=True)].split(self.batch_size)
+            # A batch that is not full stays last, so that the others stay whole.
+            whole = len(batches) - (len(batches[-1]) < self.batch_size)
+            places = torch.randperm(whole, generator=generator).tolist()
+            pieces += [*(batches[place] for place in places), *batches[whole:]]
+        return torch.cat(pieces)

@@ -16,7 +16,8 @@ from shine.chat import END, IGNORE, encode_prompt, token_ids
 from shine.config import EvaluationConfig
 from shine.data.batching import chunks, collate
 from shine.data.examples import Example
-from shine.data.samples import PretrainSamples, Sample, hide_end
+from shine.data.pieces import hide_end
+from shine.data.samples import PretrainSamples, Sample
 from shine.evaluation.methods import Asked, Method
 from shine.evaluation.qa import Clock
 from shine.metrics import exact_prefix_ratio, f1, perplexity

@@ -12,7 +12,7 @@ from shine.chat import token_starts
 from shine.config import EvaluationConfig
 from shine.data.batching import chunks
 from shine.data.examples import Example
-from shine.data.samples import CutTally, answerable
+from shine.data.tally import Tally, answerable
 from shine.evaluation.methods import Answer, Asked, Method
 from shine.metrics import exact_match, f1
 
@@ -43,7 +43,7 @@ class Clock:
 
 
 def usable_examples(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, context_length: int, questions: bool, tally: CutTally
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, context_length: int, questions: bool, tally: Tally
 ) -> Iterator[Example]:
     """Examples whose context fits ``context_length`` tokens, cut where it must be; what was cut or skipped is counted.
 

@@ -11,11 +11,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from shine.backbone import Backbone
+from shine.chat import token_counter
 from shine.checkpoint import check_backbone, effective_config, find_checkpoint, introduce, load_hypernetwork, output_folder
 from shine.config import EvaluationConfig, MethodName, StageName
 from shine.data.examples import Example
-from shine.data.samples import CutTally
 from shine.data.sources import look_into, read_named
+from shine.data.tally import Tally
 from shine.evaluation import pretraining, qa
 from shine.evaluation.methods import Method
 from shine.evaluation.tables import answer_table, recall_table, show
@@ -46,10 +47,10 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     summary: dict[str, Any] = {"stage": stage, "config": asdict(config), "sources": {}}
     with (output / PREDICTIONS_FILE).open("w", encoding="utf-8") as lines:
         for name, source in config.data.test.items():
-            tally = CutTally()
+            tally = Tally()
             examples = list(
                 qa.usable_examples(
-                    read_named({name: source}, "data.test"),
+                    read_named({name: source}, "data.test", tokens=token_counter(methods[0].tokenizer), tally=tally),
                     methods[0].tokenizer,
                     context_length=config.stage.context_length,
                     questions=stage != "pretrain",

@@ -18,8 +18,10 @@ from shine.backbone import Backbone
 from shine.checkpoint import CheckpointInfo, effective_config, introduce, save_hypernetwork, written_beside
 from shine.config import TrainConfig
 from shine.data.batching import SampleStream
-from shine.data.samples import CutTally, Sample, build_samples
-from shine.data.sources import look_into, read_named
+from shine.data.build import build_samples
+from shine.data.samples import Sample
+from shine.data.sources import look_into
+from shine.data.tally import Tally
 from shine.fingerprint import fingerprint
 from shine.training.distributed import Ranks, join_ranks
 from shine.training.guard import Guard
@@ -111,10 +113,10 @@ class _Run:
             shard(self.hypernetwork, ranks)
         self.optimizer = build_optimizer(self.hypernetwork, stage)
         samples = build_samples(
-            read_named(config.data.train, "data.train"), tokenizer, stage, task_tokens=config.backbone.task_tokens, seed=config.seed
+            config.data.train, "data.train", tokenizer, stage, task_tokens=config.backbone.task_tokens, seed=config.seed
         )
-        self.stream = SampleStream(samples, stage.batch_size, config.seed)
-        self.fingerprint = samples.fingerprint()
+        self.stream = SampleStream(samples, stage.batch_size, config.seed, window=stage.length_window)
+        self.fingerprint = samples.fingerprint
         self.total = stage.steps if stage.steps is not None else max(math.ceil(stage.epochs * len(samples) / stage.batch_size), 1)
         self.validation = Validation(config, backbone, tokenizer)
         self.guard = Guard(stage)
@@ -147,12 +149,10 @@ class _Run:
         device = self.backbone.device
         self.rate = matrix_rate(device, self.backbone.dtype)
         needs = estimate(self.config, self.backbone, self.hypernetwork, samples, steps=self.total, ranks=self.ranks.size)
-        self.flops_per_token = needs.flops_per_token if needs is not None else math.nan
+        self.flops_per_token = needs.flops_per_token
         passes = self.total * self.stage.batch_size / len(samples)
         sources = ", ".join(self.config.data.train)
         first = f"{len(samples):,} samples of {sources} ({passes:.3g} passes over them), {memory} memory tokens"
-        if needs is None:
-            return first + "\nno sample looked at is usable: what the run will need cannot be said"
         return first + "\n" + needs.describe(rate=self.rate, ranks=self.ranks.size, device_type=device.type)
 
     def _cut_report(self) -> str:
@@ -272,7 +272,7 @@ class _Run:
         restore_optimizer(self.hypernetwork, self.optimizer, dict(state.optimizer))
         self.step, self.best = state.step, state.best
         self.stream.epoch, self.stream.offset = state.epoch, state.offset % len(self.stream.samples)
-        self.stream.samples.tally = CutTally(**{**state.tally, "skipped": Counter(state.tally["skipped"])})
+        self.stream.samples.tally = Tally(**{**state.tally, "skipped": Counter(state.tally["skipped"])})
         self.guard = Guard(self.stage, **state.guard)
         if self.ranks.rank < len(state.rng):
             restore_rng(state.rng[self.ranks.rank])

@@ -68,12 +68,9 @@ class Needs:
 
 def estimate(
     config: TrainConfig, backbone: Backbone, hypernetwork: Hypernetwork, samples: StageSamples, *, steps: int, ranks: int
-) -> Needs | None:
-    """Needs of a run, from a look at up to 64 of its samples; ``None`` where none of those was usable."""
-    seen = _look_at(samples, 64)
-    if not seen:
-        return None
-    stage = config.stage
+) -> Needs:
+    """Needs of a run, from a look at up to 64 of its samples."""
+    stage, seen = config.stage, _look_at(samples, 64)
     trained = sum(parameter.numel() for parameter in hypernetwork.parameters())
     frozen = sum(parameter.numel() for parameter in backbone.model.parameters())
     # Weight, gradient and Adam's two moments, float32 each. DDP keeps the gradients of its buckets once more; FSDP gathers weights
@@ -118,10 +115,10 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.
 def _look_at(samples: StageSamples, most: int) -> list[Sample]:
     tally = copy.deepcopy(samples.tally)
     every = max(len(samples) // most, 1)
-    found = [samples.sample(index, epoch=0) for index in range(0, len(samples), every)][:most]
+    found = [samples.sample(index, epoch=0) for index in range(0, len(samples), every)[:most]]
     # What is only looked at is not drawn.
     samples.tally = tally
-    return [sample for sample in found if sample is not None]
+    return found
 
 
 def _sample_flops(backbone: Backbone, hypernetwork: Hypernetwork, sample: Sample) -> float:

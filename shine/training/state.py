@@ -32,7 +32,7 @@ class RunState:
         epoch, offset: where in the data the next batch begins.
         optimizer: its state by parameter name, see `shine.training.parallel.whole_optimizer`.
         guard: the arguments of a `Guard` that goes on judging alike.
-        tally: the fields of the `CutTally` so far.
+        tally: the fields of the `Tally` so far.
         best: the lowest validation loss so far, ``None`` before the first.
         samples, data: how many samples there are, and a fingerprint of them.
         rng: of each rank, see `rng_state`.

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from shine.backbone import Backbone
-from shine.chat import IGNORE, stop_ids
+from shine.chat import IGNORE, stop_ids, token_counter
 from shine.config import SourceConfig, TrainConfig
 from shine.data.batching import chunks, collate
 from shine.data.examples import Example
@@ -31,7 +31,7 @@ class Validation:
     def __init__(self, config: TrainConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> None:
         stage = config.stage
         wanted = stage.evaluation_batches * stage.batch_size
-        self.examples = _first_of_each(config.data.validation, wanted) if stage.evaluate_every else []
+        self.examples = _first_of_each(config.data.validation, wanted, tokenizer) if stage.evaluate_every else []
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.pad_id = tokenizer.pad_token_id
@@ -39,16 +39,13 @@ class Validation:
         sets: dict[str, StageSamples] = {}
         if self.examples and stage.name == "pretrain":
             for task in ("reconstruct", "complete"):
-                sets[task] = PretrainSamples(
+                sets[task] = PretrainSamples.build(
                     self.examples, tokenizer, stage, task_tokens=config.backbone.task_tokens, seed=config.seed, tasks=(task,)
                 )
         elif self.examples:
-            sets["answers"] = AnswerSamples(self.examples, tokenizer, stage)
+            sets["answers"] = AnswerSamples.build(self.examples, tokenizer, stage)
         self.tallies = {name: found.tally for name, found in sets.items()}
-        self.sets = {
-            name: [sample for i in range(min(len(found), wanted)) if (sample := found.sample(i, epoch=0))]
-            for name, found in sets.items()
-        }
+        self.sets = {name: [found.sample(i, epoch=0) for i in range(min(len(found), wanted))] for name, found in sets.items()}
 
     def __bool__(self) -> bool:
         return any(self.sets.values())
@@ -119,9 +116,9 @@ def _first_answer(sample: Sample) -> tuple[Sample, list[int]]:
     return prompt, sample.input_ids[begin:end]
 
 
-def _first_of_each(sources: Mapping[str, SourceConfig], wanted: int) -> list[Example]:
+def _first_of_each(sources: Mapping[str, SourceConfig], wanted: int, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """As many examples as the evaluation can look at (more would be read and tokenised for nothing), the sources taking turns."""
-    readers = [read_named({name: source}, "data.validation") for name, source in sources.items()]
+    readers = [read_named({name: source}, "data.validation", tokens=token_counter(tokenizer)) for name, source in sources.items()]
     turns = itertools.zip_longest(*(itertools.islice(reader, wanted) for reader in readers))
     found = (example for turn in turns for example in turn if example is not None)
     return list(itertools.islice(found, wanted))

@@ -1,0 +1,169 @@
+"""Public question sets in their hub layouts: passages with the questions asked about them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from shine.data.examples import Example, Turn
+from shine.data.sources.files import Row, Source, parsed, texts
+
+NO_ANSWER = "No Answer Present."
+"""What MS MARCO v2.1 has in place of an answer."""
+
+
+def read_squad(source: Source, *, pad_to: int | None = None, seed: int = 0) -> Iterator[Example]:
+    """``rajpurkar/squad``: one example a passage, with all its questions; every gold answer counts, the first is learned.
+
+    SQuAD 2.0 has questions without an answer: they come without one.
+
+    Args:
+        pad_to: put each passage among others of the split, so many that contexts have this many tokens on average (published: 512,
+            1,024 and 2,048).
+        seed: of which others, and in which order.
+    """
+    columns = {"id": str, "context": str, "question": str, "answers": Mapping}
+    examples = _by_context(parsed(source, columns, _squad_row))
+    return examples if pad_to is None else _among_others(list(examples), source, target=pad_to, seed=seed)
+
+
+def _squad_row(row: Row, place: str) -> tuple[str, str, Turn]:
+    answers = texts(row["answers"].get("text"), "answers", f"{place} ({row['id']})")
+    return row["id"], row["context"], Turn(row["question"].strip(), tuple(dict.fromkeys(answers)))
+
+
+def _by_context(rows: Iterable[tuple[str, str, Turn]]) -> Iterator[Example]:
+    """Rows of (id, context, turn) as examples: rows in a row with one context belong together, and have the first one's id."""
+    for context, group in itertools.groupby(rows, key=lambda row: row[1]):
+        members = list(group)
+        yield Example(id=members[0][0], context=context, turns=tuple(turn for _, _, turn in members))
+
+
+def _among_others(examples: Sequence[Example], source: Source, *, target: int, seed: int) -> Iterator[Example]:
+    lengths = [source.tokens(example.context) for example in examples]
+    for index, example in enumerate(examples):
+        rng = random.Random(f"{seed} {example.id}")
+        members, total = [index], lengths[index]
+        for other in rng.sample(range(len(examples)), len(examples)):
+            # Nearer to the target with it than without: above and below cancel out on average.
+            if abs(total + lengths[other] - target) >= abs(total - target):
+                break
+            if other != index:
+                members.append(other)
+                total += lengths[other]
+        rng.shuffle(members)
+        yield Example(example.id, "\n\n".join(examples[member].context for member in members), example.turns)
+
+
+def read_race(source: Source, *, cloze: bool = True) -> Iterator[Example]:
+    """``ehovy/race`` as question and answer: the question alone, answered by the text of the right option.
+
+    Args:
+        cloze: keep the questions that are sentences with a blank (about half of them).
+    """
+    columns = {"example_id": str, "article": str, "question": str, "options": Sequence, "answer": str}
+    rows = parsed(source, columns, _race_row)
+    kept = (row for row in rows if cloze or "_" not in row[2].question)
+    for index, example in enumerate(_by_context(kept)):
+        # One file of RACE may hold two passages.
+        yield Example(f"{example.id}#{index}", example.context, example.turns)
+
+
+def _race_row(row: Row, place: str) -> tuple[str, str, Turn]:
+    options = texts(row["options"], "options", place)
+    letters = "ABCD"[: len(options)]
+    if row["answer"] not in tuple(letters):
+        raise ValueError(f"{place}: the answer is {row['answer']!r}, not one of {', '.join(letters)}")
+    return row["example_id"], row["article"], Turn(row["question"].strip(), (options[letters.index(row["answer"])].strip(),))
+
+
+def read_hotpotqa(source: Source) -> Iterator[Example]:
+    """``hotpotqa/hotpot_qa``, folder ``distractor``: ten paragraphs, two of which hold the answer; a turn's kind is its type."""
+    return parsed(source, {"id": str, "question": str, "answer": str, "context": Mapping}, _hotpotqa_row, more=["type"])
+
+
+def _hotpotqa_row(row: Row, place: str) -> Example:
+    return _one_question(row, row["id"], _paragraphs(row["context"], place), [row["answer"]], place)
+
+
+def read_2wiki(source: Source) -> Iterator[Example]:
+    """2WikiMultihopQA: ``framolfese/2WikiMultihopQA`` (laid out as HotpotQA is), or ``xanhho/2WikiMultihopQA`` and the authors' own
+    files (``_id``, and the context a list of titles with sentences, perhaps as JSON text)."""
+    columns = {"question": str, "answer": str, "context": Mapping | Sequence | str}
+    return parsed(source, columns, _2wiki_row, more=["id", "_id", "type"])
+
+
+def _2wiki_row(row: Row, place: str) -> Example:
+    context = row["context"]
+    if isinstance(context, str):
+        try:
+            context = json.loads(context)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{place}: context is not JSON ({error.msg} at column {error.colno}); mend the file") from None
+    return _one_question(row, str(row.get("id") or row.get("_id") or place), _paragraphs(context, place), [row["answer"]], place)
+
+
+def read_musique(source: Source) -> Iterator[Example]:
+    """``dgslibisey/MuSiQue``: twenty paragraphs and a question of two to four hops; aliases of the answer count too.
+
+    The questions that MuSiQue marks as unanswerable come without an answer.
+    """
+    return parsed(
+        source,
+        {"id": str, "paragraphs": Sequence, "question": str, "answer": str},
+        _musique_row,
+        more=["answer_aliases", "answerable"],
+    )
+
+
+def _musique_row(row: Row, place: str) -> Example:
+    titled = []
+    for paragraph in row["paragraphs"]:
+        if not isinstance(paragraph, Mapping) or not isinstance(paragraph.get("paragraph_text"), str):
+            raise ValueError(f'{place}: each of "paragraphs" needs a "paragraph_text"; mend the file')
+        titled.append(f"{paragraph.get('title', '')}\n{paragraph['paragraph_text']}".strip())
+    answers = [row["answer"], *texts(row.get("answer_aliases") or [], "answer_aliases", place)]
+    return _one_question(row, row["id"], "\n\n".join(titled), answers if row.get("answerable") in (True, None) else [], place)
+
+
+def read_msmarco(source: Source, *, passages: Literal["all", "selected"] = "all") -> Iterator[Example]:
+    """``microsoft/ms_marco``, folder ``v1.1`` or ``v2.1``: the passages that a search found, and what people answered.
+
+    What has no answer comes without one. The kind of a turn is the query's type.
+
+    Args:
+        passages: ``all`` that were found, or only the ``selected`` ones, which the answer was written from.
+    """
+    if passages not in ("all", "selected"):
+        raise ValueError(f"options.passages={passages}: choose all or selected")
+
+    def parse(row: Row, place: str) -> Example:
+        found = texts(row["passages"].get("passage_text"), "passages", place)
+        chosen = row["passages"].get("is_selected") or [0] * len(found)
+        kept = [text for text, mark in zip(found, chosen, strict=False) if mark or passages == "all"]
+        answers = [str(answer) for answer in row["answers"] if str(answer).strip() and answer != NO_ANSWER]
+        turn = Turn(row["query"].strip(), tuple(dict.fromkeys(answers)), str(row.get("query_type") or ""))
+        return Example(str(row["query_id"]), "\n\n".join(kept), (turn,))
+
+    columns = {"query": str, "query_id": int | str, "answers": Sequence, "passages": Mapping}
+    return parsed(source, columns, parse, more=["query_type"])
+
+
+def _one_question(row: Row, name: str, context: str, answers: Sequence[str], place: str) -> Example:
+    golds = texts(answers, "answer", place)
+    return Example(name, context, (Turn(row["question"].strip(), tuple(dict.fromkeys(golds)), str(row.get("type") or "")),))
+
+
+def _paragraphs(context: Any, place: str) -> str:
+    """Titles with their sentences: two lists side by side in a table, or a list of pairs."""
+    if isinstance(context, Mapping):
+        titles, sentences = context.get("title"), context.get("sentences", context.get("content"))
+        pairs = list(zip(titles, sentences, strict=False)) if isinstance(titles, list) and isinstance(sentences, list) else None
+    else:
+        pairs = [tuple(pair) for pair in context] if all(isinstance(p, list) and len(p) == 2 for p in context) else None
+    if not pairs or not all(isinstance(t, str) and isinstance(s, list) and all(isinstance(x, str) for x in s) for t, s in pairs):
+        raise ValueError(f"{place}: context is {context!r:.60}, not titles with their sentences; mend the file")
+    return "\n\n".join(f"{title}\n{' '.join(sentence.strip() for sentence in found)}" for title, found in pairs)
