@@ -232,6 +232,6 @@ def _library_errors(what: str) -> Iterator[None]:
     except Exception as error:  # their own families, and those of the HTTP libraries below them
         text = " ".join(str(error).split())
         raise ValueError(
-            f"{what} failed ({type(error).__name__}: {text:.300}): check the network and run it again, it goes on where it stopped; or "
-            "set HF_ENDPOINT to a mirror; some repositories need `hf auth login` first"
+            f"{what} failed ({type(error).__name__}: {text:.300}): check the network and run it again, it goes on where it "
+            "stopped; or set HF_ENDPOINT to a mirror; some repositories need `hf auth login` first"
         ) from error

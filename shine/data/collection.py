@@ -1,7 +1,7 @@
 """The two QA collections, rebuilt from public parts and written in the published schema.
 
-A collection is one JSON list of ``{"context", "conversations": [{"role", "content"}, …], "contextlen", "conversationlen"}``, written
-as a stream: what is held of a part is two numbers and a hash an item.
+A collection is one JSON list of ``{"context", "conversations": [{"role", "content"}, …], "contextlen", "conversationlen"}``,
+written as a stream: what is held of a part is two numbers and a hash an item.
 """
 
 from __future__ import annotations

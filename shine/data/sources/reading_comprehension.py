@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from shine.data.sources.files import Row, Source, parsed, texts
-
 from shine.data.examples import Example, Turn
+from shine.data.sources.files import Row, Source, parsed, texts
 
 CANNOT_ANSWER = "CANNOTANSWER"
 """What QuAC has in place of an answer, and at the end of each context."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shine.data.sources.files import Source
-
 from shine.data.examples import Example
+from shine.data.sources.files import Source
 from shine.data.stories import Story
 
 
