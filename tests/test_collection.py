@@ -165,7 +165,7 @@ def test_lengths_are_drawn(tmp_path: Path) -> None:
 )
 def test_the_shipped_collections_name_the_published_parts(name: str, parts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHINE_DATA", "elsewhere")
-    config = parse(CollectionConfig, load(ROOT / "configs" / "collection" / f"{name}.yaml"))
+    config = parse(CollectionConfig, load(ROOT / "configs" / f"collection_{name}.yaml"))
     assert list(config.parts) == parts.split()
     assert {part.source.kind for part in config.parts.values()} <= set(READERS)
     assert all(str(part.source.path).startswith("elsewhere/") and part.licence for part in config.parts.values())

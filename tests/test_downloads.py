@@ -304,7 +304,7 @@ def test_the_shipped_catalogue_holds_what_the_recipe_needs() -> None:
     # Every part of the two collections can be fetched to where the collections read it.
     folders = {item.repository: item.folder for item in catalogue["data"].values()}
     for name in ("mqa", "1qa"):
-        parts = load(ROOT / "configs" / "collection" / f"{name}.yaml")["parts"].values()
+        parts = load(ROOT / "configs" / f"collection_{name}.yaml")["parts"].values()
         for part in parts:
             assert f"{part['source']['path']}/".startswith(f"{folders[part['hub']]}/")
     with pytest.raises(ValueError, match=r"Unexpected keyword|unknown key|extra"):

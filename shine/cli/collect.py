@@ -17,9 +17,9 @@ from shine.data.histograms import plot_lengths
 
 
 def run(name: str, *, output: str, description: str, argv: Sequence[str] | None = None) -> int:
-    """Build the collection of ``configs/collection/<name>.yaml``; exit code 2 after a message for whatever a user can put right."""
+    """Build the collection of ``configs/collection_<name>.yaml``; exit code 2 after a message for whatever a user can put right."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    config = Path(__file__).resolve().parents[2] / "configs" / "collection" / f"{name}.yaml"
+    config = Path(__file__).resolve().parents[2] / "configs" / f"collection_{name}.yaml"
     parser.add_argument("--config", default=config, help="the parts: folder, licence and share of each (default: %(default)s)")
     parser.add_argument("--output", default=output, help="the file to write; its manifest and histograms go beside it")
     parser.add_argument("--leave-out", action="append", default=[], metavar="PART", help="build without a part; can be repeated")
