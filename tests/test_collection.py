@@ -16,9 +16,10 @@ import pytest
 from conftest import tiny_tokenizer
 
 from shine.cli.collect import load
-from shine.config import CollectionConfig, PartConfig, SourceConfig, parse
+from shine.config import SourceConfig, parse
 from shine.data.collection import build_collection, check_parts, without_parts
 from shine.data.histograms import plot_lengths
+from shine.data.plans import CollectionConfig, PartConfig
 from shine.data.sources import READERS, read_source
 
 ROOT = Path(__file__).resolve().parent.parent

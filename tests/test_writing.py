@@ -20,7 +20,8 @@ from conftest import tiny_tokenizer
 from openai_server import Behaviour, Call, OpenAIServer, Refuse, Say, openai_server
 
 from shine.cli.collect import load
-from shine.config import RemoteConfig, SourceConfig, WritingConfig, parse
+from shine.config import RemoteConfig, SourceConfig, parse
+from shine.data.plans import WritingConfig
 from shine.data.sources import read_source
 from shine.data.writing import WritingReport, estimate, write_conversations
 

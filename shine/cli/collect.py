@@ -11,9 +11,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from shine.config import CollectionConfig, parse
+from shine.config import parse
 from shine.data.collection import build_collection, check_parts, without_parts
 from shine.data.histograms import plot_lengths
+from shine.data.plans import CollectionConfig
 
 
 def run(name: str, *, output: str, description: str, argv: Sequence[str] | None = None) -> int:

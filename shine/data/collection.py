@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from shine.config import CollectionConfig, PartConfig
 from shine.data.examples import Example
+from shine.data.plans import CollectionConfig, PartConfig
 from shine.data.sources import read_source
 from shine.data.tally import Tally, answerable
 

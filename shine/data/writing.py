@@ -17,9 +17,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints
 
-from shine.config import WritingConfig
 from shine.data.collection import published_item, written_beside
 from shine.data.examples import Example, Turn
+from shine.data.plans import WritingConfig
 from shine.data.sources import read_named
 from shine.journal import Journal
 from shine.metrics import f1
