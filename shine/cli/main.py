@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from shine.cli import data, fetch, pull, push, release
+from shine.cli import data, download, fetch, pull, push, release
 
-COMMANDS = (fetch, data, release, push, pull)
+COMMANDS = (fetch, download, data, release, push, pull)
 """In the order of ``shine --help``. Each module adds one subcommand; what it imports at its top must be quick to import."""
 
 

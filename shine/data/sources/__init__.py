@@ -13,6 +13,17 @@ from shine.data.sources.conversations import read_conversations, read_jsonl, rea
 from shine.data.sources.files import Source
 from shine.data.sources.invented import read_worlds
 from shine.data.sources.questions import read_2wiki, read_hotpotqa, read_msmarco, read_musique, read_race, read_squad
+from shine.data.sources.reading_comprehension import (
+    read_coqa,
+    read_drop,
+    read_duorc,
+    read_narrativeqa,
+    read_newsqa,
+    read_pwc,
+    read_quac,
+    read_quail,
+)
+from shine.data.sources.stories import read_stories
 from shine.data.sources.texts import read_folder, read_text, read_wikitext
 from shine.data.splits import one_side
 from shine.data.tally import Tally
@@ -28,9 +39,18 @@ READERS: dict[str, Callable[..., Iterator[Example]]] = {
     "2wiki": read_2wiki,
     "msmarco": read_msmarco,
     "msmarco-mqa": read_msmarco_mqa,
+    "quac": read_quac,
+    "coqa": read_coqa,
+    "drop": read_drop,
+    "narrativeqa": read_narrativeqa,
+    "quail": read_quail,
+    "pwc": read_pwc,
+    "newsqa": read_newsqa,
+    "duorc": read_duorc,
     "conversations": read_conversations,
     "jsonl": read_jsonl,
     "worlds": read_worlds,
+    "stories": read_stories,
 }
 """Kinds of sources. What a reader takes by keyword are the source's ``options``."""
 

@@ -1,0 +1,232 @@
+"""New conversations about given contexts, written by a model and checked in a second pass.
+
+Three passes, each with a journal of its own beside the output, so that a stopped run goes on where it was: writing (a request a
+context), then for each pair whether its answer follows from the context, and whether it is known without it. What fails after all
+attempts is kept in ``<output>.failures.jsonl`` and asked again by the next run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, StringConstraints
+
+from shine.data.collection import published_item, written_beside
+from shine.data.examples import Example, Turn
+from shine.data.plans import WritingConfig
+from shine.data.sources import read_named
+from shine.journal import Journal
+from shine.metrics import f1
+from shine.remote import Request, Usage, ask, json_reader
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+_CHARACTERS_A_TOKEN = 4
+_NOTHING: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question and its answer."""
+
+    question: Text
+    answer: Text
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the first pass answers."""
+
+    pairs: Annotated[tuple[Pair, ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Supported:
+    """What the check against the context answers."""
+
+    supported: bool
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """What the check without the context answers."""
+
+    answer: str
+
+
+@dataclass
+class WritingReport:
+    """What a run came to; ``usage`` covers the earlier runs that this one went on from."""
+
+    contexts: int = 0
+    pairs: int = 0
+    unsupported: int = 0
+    known: int = 0
+    unchecked: int = 0
+    kept: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    usage: Usage = field(default_factory=Usage)
+
+    def __str__(self) -> str:
+        failed = ", ".join(f"{count:,} {name}" for name, count in self.failures.items() if count) or "none"
+        return (
+            f"{self.contexts:,} contexts, {self.pairs:,} pairs written: {self.kept:,} kept, {self.unsupported:,} not supported by "
+            f"their context, {self.known:,} known without it, {self.unchecked:,} not checked\nfailed requests: {failed}"
+        )
+
+
+def estimate(config: WritingConfig, output: str | Path) -> tuple[int, Usage]:
+    """Contexts still to be written, and the tokens that all passes over them will take, at four characters a token."""
+    done = {row["id"] for row in _journal(output, "written").rows()}
+    contexts, characters = 0, 0
+    for name, context in _contexts(config):
+        if name not in done:
+            contexts += 1
+            characters += len(context)
+    text = math.ceil(characters / _CHARACTERS_A_TOKEN)
+    prompts = {name: len(getattr(config, name)) // _CHARACTERS_A_TOKEN for name in ("write", "support", "recall")}
+    pair_tokens = prompts["support"] + prompts["recall"] + 2 * config.turn_tokens
+    read = text * (1 + config.turns) + contexts * (prompts["write"] + config.turns * pair_tokens)
+    # A verdict is a few tokens, an answer about a third of its pair.
+    return contexts, Usage(read, contexts * config.turns * (config.turn_tokens + 10 + config.turn_tokens // 3))
+
+
+def write_conversations(config: WritingConfig, output: str | Path, *, tokens: Callable[[str], int]) -> WritingReport:
+    """Write ``output`` (the schema of ``ift_pwc.json``) and ``<output>.jsonl`` (ours), with the pairs that passed both checks.
+
+    Raises:
+        ValueError: no key, a source or a journal that cannot be read.
+    """
+    output = Path(output).expanduser()
+    report = WritingReport()
+    written, supported, recalled = (_journal(output, name) for name in ("written", "supported", "recalled"))
+    failures = Journal(output.with_name(f"{output.name}.failures.jsonl"))
+    failures.path.unlink(missing_ok=True)
+    with failures:
+        write = (
+            (_request(name, config.write, context=context, turns=str(config.turns)), {"context": context})
+            for name, context in _contexts(config)
+        )
+        _run("writing", write, Written, written, failures, config, report)
+        support = (
+            (_request(name, config.support, context=context, question=pair.question, answer=pair.answer), _NOTHING)
+            for name, context, pair in _pairs(written)
+        )
+        _run("support", support, Supported, supported, failures, config, report)
+        recall = ((_request(name, config.recall, question=pair.question), _NOTHING) for name, _, pair in _pairs(written))
+        _run("recall", recall, Recalled, recalled, failures, config, report)
+    _assemble(config, output, (written, supported, recalled), report, tokens)
+    return report
+
+
+def _run(
+    name: str,
+    requests: Iterable[tuple[Request, Mapping[str, Any]]],
+    kind: type[Any],
+    journal: Journal,
+    failures: Journal,
+    config: WritingConfig,
+    report: WritingReport,
+) -> None:
+    """One pass: what its journal does not hold yet is asked, and what fails goes to the failures.
+
+    Args:
+        requests: each with what its row in the journal holds beside the answer.
+        kind: of the answer, a dataclass.
+    """
+    done = set()
+    for row in journal.rows():
+        done.add(row["id"])
+        report.usage += Usage(**row["usage"])
+    beside: dict[str, Mapping[str, Any]] = {}
+
+    def still_open() -> Iterator[Request]:
+        for request, more in requests:
+            if request.id not in done:
+                beside[request.id] = more
+                yield request
+
+    report.failures[name] = 0
+    with journal:
+        for reply in ask(still_open(), json_reader(kind), config=config.remote):
+            more = beside.pop(reply.id)
+            report.usage += reply.usage
+            if reply.value is not None:
+                journal.append({"id": reply.id, **more, **asdict(reply.value), "usage": asdict(reply.usage)})
+            else:
+                report.failures[name] += 1
+                failures.append({"id": reply.id, "pass": name, "reason": reply.failure, "attempts": reply.attempts})
+
+
+def _assemble(
+    config: WritingConfig, output: Path, journals: tuple[Journal, ...], report: WritingReport, tokens: Callable[[str], int]
+) -> None:
+    written, supported, recalled = journals
+    holds = {row["id"]: row["supported"] for row in supported.rows()}
+    answers = {row["id"]: row["answer"] for row in recalled.rows()}
+
+    def passes(name: str, pair: Pair) -> bool:
+        if name not in holds or name not in answers:
+            report.unchecked += 1
+        elif not holds[name]:
+            report.unsupported += 1
+        elif f1(answers[name], [pair.answer]) >= config.known_f1:
+            report.known += 1
+        else:
+            return True
+        return False
+
+    with written_beside(output) as published, written_beside(output.with_name(f"{output.name}.jsonl")) as own:
+        published.write(b"[")
+        separator = b"\n"
+        for row in written.rows():
+            pairs = [(f"{row['id']}#{index}", Pair(**pair)) for index, pair in enumerate(row["pairs"])]
+            turns = tuple(Turn(pair.question, (pair.answer,)) for name, pair in pairs if passes(name, pair))
+            report.contexts += 1
+            report.pairs += len(pairs)
+            report.kept += len(turns)
+            if turns:
+                item = published_item(Example(row["id"], row["context"], turns), tokens=tokens)
+                published.write(separator + _line(item))
+                given = [{"question": turn.question, "answers": list(turn.answers)} for turn in turns]
+                own.write(_line({"id": row["id"], "context": row["context"], "turns": given}) + b"\n")
+                separator = b",\n"
+        published.write(b"\n]\n")
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode("utf-8")
+
+
+def _contexts(config: WritingConfig) -> Iterator[tuple[str, str]]:
+    """Contexts under names that stay theirs when sources are reordered; the same context twice is one."""
+    seen = set()
+    for example in read_named(config.sources, "sources"):
+        name = hashlib.blake2b(example.context.encode("utf-8"), digest_size=10).hexdigest()
+        if example.context.strip() and name not in seen:
+            seen.add(name)
+            yield name, example.context
+
+
+def _pairs(written: Journal) -> Iterator[tuple[str, str, Pair]]:
+    for row in written.rows():
+        for index, pair in enumerate(row["pairs"]):
+            yield f"{row['id']}#{index}", row["context"], Pair(**pair)
+
+
+def _request(name: str, prompt: str, **values: str) -> Request:
+    # Cut at the marks first, so that braces within a value are no marks.
+    for key in values:
+        prompt = prompt.replace(f"{{{key}}}", f"\0{key}\0")
+    filled = "".join(values[part] if index % 2 else part for index, part in enumerate(prompt.split("\0")))
+    return Request(name, [{"role": "user", "content": filled}])
+
+
+def _journal(output: str | Path, name: str) -> Journal:
+    output = Path(output).expanduser()
+    return Journal(output.with_name(f"{output.name}.{name}.jsonl"))

@@ -1,0 +1,218 @@
+"""Conversations written by a model on a real server, which fails, is killed and is asked again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import tiny_tokenizer
+from openai_server import Behaviour, Call, OpenAIServer, Refuse, Say, openai_server
+
+from shine.cli.collect import load
+from shine.config import RemoteConfig, SourceConfig, parse
+from shine.data.plans import WritingConfig
+from shine.data.sources import read_source
+from shine.data.writing import WritingReport, estimate, write_conversations
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = {
+    "write": "WRITE {turns} {context}",
+    "support": "SUPPORT {context} Q {question} A {answer}",
+    "recall": "RECALL {question}",
+}
+REMOTE = RemoteConfig("m", attempts=2, first_wait=0.01, longest_wait=0.02, timeout=10)
+
+
+def model(call: Call, attempt: int) -> Behaviour:
+    """Writes three pairs about every context: one good, one that does not follow, one that everybody knows."""
+    text = call.text
+    if text.startswith("WRITE"):
+        number = text.split("{number")[1].split("}")[0]
+        pairs = [("Where is X", "in Arlow"), ("Who made X", "nobody"), ("What is X", "a stone")]
+        written = [{"question": f"{question}{number}?", "answer": f" {answer} "} for question, answer in pairs]
+        return Say(json.dumps({"pairs": written}), usage={"prompt_tokens": 100, "completion_tokens": 30})
+    if text.startswith("SUPPORT"):
+        return Say(json.dumps({"supported": "Who made" not in text}), usage={"prompt_tokens": 50, "completion_tokens": 5})
+    return Say(
+        json.dumps({"answer": "A stone." if "What is" in text else "unknown"}), usage={"prompt_tokens": 20, "completion_tokens": 4}
+    )
+
+
+@contextmanager
+def serving(monkeypatch: pytest.MonkeyPatch, behave: Any = model) -> Iterator[OpenAIServer]:
+    with openai_server(behave) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def sources(folder: Path, count: int) -> dict[str, SourceConfig]:
+    # Braces within a context are text, not marks of the prompt.
+    lines = [json.dumps({"context": f"Text {{number{index}}} with {{question}} in it"}) for index in range(count)]
+    (folder / "contexts.jsonl").write_text("\n".join([*lines, lines[0]]) + "\n")
+    return {"mine": SourceConfig("jsonl", str(folder / "contexts.jsonl"))}
+
+
+def writing(folder: Path, count: int = 5) -> WritingConfig:
+    return WritingConfig(REMOTE, sources(folder, count), **PROMPTS)
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+def write(config: WritingConfig, output: Path) -> WritingReport:
+    return write_conversations(config, output, tokens=words)
+
+
+def test_only_pairs_that_pass_both_checks_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "new" / "conversations.json"
+    with serving(monkeypatch) as server:
+        report = write(writing(tmp_path), output)
+    assert (report.contexts, report.pairs, report.kept, report.unsupported, report.known, report.unchecked) == (5, 15, 5, 5, 5, 0)
+    assert report.failures == {"writing": 0, "support": 0, "recall": 0}
+    # A context that comes twice is written about once; each pair is checked twice.
+    assert len(server.calls) == 5 + 15 + 15
+    assert (report.usage.prompt_tokens, report.usage.completion_tokens) == (5 * 100 + 15 * 70, 5 * 30 + 15 * 9)
+    items = sorted(json.loads(output.read_text()), key=lambda item: item["context"])
+    assert items == [
+        {
+            "context": f"Text {{number{index}}} with {{question}} in it",
+            "conversations": [
+                {"role": "user", "content": f"Where is X{index}?"},
+                {"role": "assistant", "content": "in Arlow"},
+            ],
+            "contextlen": 6,
+            "conversationlen": 5,
+        }
+        for index in range(5)
+    ]
+    own = list(read_source(SourceConfig("jsonl", f"{output}.jsonl")))
+    assert sorted(example.context for example in own) == [item["context"] for item in items]
+    published = list(read_source(SourceConfig("conversations", str(output))))
+    assert [e.turns for e in published] == [e.turns for e in own]
+
+
+def test_the_recall_check_does_not_see_the_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(monkeypatch) as server:
+        write(writing(tmp_path, 1), tmp_path / "c.json")
+    texts = [call.text for call in server.calls]
+    context = "Text {number0} with {question} in it"
+    assert texts[0] == f"WRITE 8 {context}"
+    assert f"SUPPORT {context} Q Where is X0? A in Arlow" in texts
+    assert sorted(text for text in texts if text.startswith("RECALL")) == [
+        "RECALL What is X0?",
+        "RECALL Where is X0?",
+        "RECALL Who made X0?",
+    ]
+
+
+def test_failures_are_counted_kept_apart_and_asked_again_by_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(call: Call, attempt: int) -> Behaviour:
+        if "{number2}" in call.text and call.text.startswith("WRITE"):
+            return Say('{"pairs": []}')
+        if call.text.startswith("SUPPORT") and "Where is X1" in call.text:
+            return Refuse(500)
+        return Say("I do not know") if call.text == "RECALL Where is X3?" else model(call, attempt)
+
+    config, output = writing(tmp_path), tmp_path / "c.json"
+    with serving(monkeypatch, failing):
+        report = write(config, output)
+    assert report.failures == {"writing": 1, "support": 1, "recall": 1}
+    # What was not checked is not taken for good.
+    assert (report.contexts, report.unchecked, report.kept) == (4, 2, 2)
+    rows = [json.loads(line) for line in (tmp_path / "c.json.failures.jsonl").read_text().splitlines()]
+    assert Counter(row["pass"] for row in rows) == {"writing": 1, "support": 1, "recall": 1}
+    assert all(row["attempts"] == 2 and row["reason"] for row in rows)
+    with serving(monkeypatch) as server:
+        report = write(config, output)
+    # The three that failed, and the checks of the context that had no pairs.
+    assert len(server.calls) == 3 + 6
+    assert (report.contexts, report.unchecked, report.kept) == (5, 0, 5)
+    assert (tmp_path / "c.json.failures.jsonl").read_text() == ""
+    with serving(monkeypatch) as server:
+        assert write(config, output).kept == 5
+    assert server.calls == []
+
+
+def test_the_estimate_says_what_is_left_and_grows_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, output = writing(tmp_path, 40), tmp_path / "c.json"
+    contexts, usage = estimate(config, output)
+    assert contexts == 40
+    # A context is read once to write and once for each pair; its 37 or 38 characters are about nine tokens.
+    assert usage.prompt_tokens > 40 * 9 * (1 + config.turns)
+    more = estimate(replace(config, turns=16), output)[1]
+    assert more.prompt_tokens > 1.5 * usage.prompt_tokens
+    assert more.completion_tokens == 2 * usage.completion_tokens
+    with serving(monkeypatch):
+        write(replace(config, sources=sources(tmp_path, 30)), output)
+    assert estimate(writing(tmp_path, 40), output)[0] == 10
+
+
+def script(folder: Path, server: OpenAIServer, *more: str, count: int = 12) -> tuple[list[str], dict[str, str]]:
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    (folder / "tokenizer" / "config.json").write_text('{"model_type": "qwen3"}')
+    remote = {"model": "m", "concurrency": 2, "attempts": 3, "first_wait": 0.01, "prompt_price": 1000.0}
+    source = {"kind": "jsonl", "path": sources(folder, count)["mine"].path}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"remote": remote, "sources": {"mine": source}, **PROMPTS}))
+    command = [sys.executable, str(ROOT / "generate_data" / "generate_conversations.py"), "--config", str(folder / "config.yaml")]
+    command += ["--output", str(folder / "out" / "c.json"), "--tokenizer", str(folder / "tokenizer"), *more]
+    return command, {**os.environ, **server.environment, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.slow
+def test_a_killed_script_goes_on_where_it_was(tmp_path: Path) -> None:
+    def slowly(call: Call, attempt: int) -> Behaviour:
+        answer = model(call, attempt)
+        assert isinstance(answer, Say)
+        return Say(answer.text, seconds=0.1)
+
+    with openai_server(slowly) as server:
+        command, environment = script(tmp_path, server, "--yes")
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        while len(server.calls) < 20:
+            time.sleep(0.02)
+            assert process.poll() is None
+        process.kill()
+        process.wait()
+        first = len(server.calls)
+        assert not (tmp_path / "out" / "c.json").exists()
+        journal = tmp_path / "out" / "c.json.support.jsonl"
+        with journal.open("ab") as file:
+            file.write(b'{"id": "torn')
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        # Nothing is asked twice but what was under way when it was killed.
+        assert 12 + 36 + 36 <= len(server.calls) <= 12 + 36 + 36 + 2
+        assert len(server.calls) > first
+    assert "12 contexts, 36 pairs written: 12 kept" in done.stdout
+    assert len(json.loads((tmp_path / "out" / "c.json").read_text())) == 12
+
+
+@pytest.mark.slow
+def test_the_script_asks_before_it_spends(tmp_path: Path) -> None:
+    with openai_server(model) as server:
+        command, environment = script(tmp_path, server)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
+    assert done.returncode == 2
+    assert "12 contexts to write about: about" in done.stdout
+    assert "start with --yes" in done.stderr
+    assert server.calls == []
+
+
+def test_the_shipped_configuration_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse(WritingConfig, load(ROOT / "configs" / "conversations.yaml"))
+    assert config.turns == 8
+    with pytest.raises(ValueError, match=r"'recall' must hold \{question\}"):
+        replace(config, recall="Answer.")
