@@ -228,7 +228,7 @@ def _check(file: Path, sha256: str, *, remedy: str) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Write a GGUF file as a plain bfloat16 model with its tokenizer into ``folder``."""
     options = {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True)}
-    _load_model(str(gguf.parent), dtype=torch.bfloat16, **options).save_pretrained(folder)
+    load_model(str(gguf.parent), dtype=torch.bfloat16, **options).save_pretrained(folder)
     _read_tokenizer(gguf).save_pretrained(folder)
 
 
@@ -279,8 +279,8 @@ def load_backbone(config: BackboneConfig, *, targets: Sequence[str]) -> tuple[Ba
     device = find_device(config.device)
     path = resolve(config.path)
     try:
-        model = _load_model(path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
-        tokenizer = _load_tokenizer(path)
+        model = load_model(path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
+        tokenizer = load_tokenizer(path)
     except Exception as error:  # safetensors, tokenizers and transformers raise anything, bare Exception included
         raise ValueError(f"cannot load backbone {config.path}: {_first_line(error)}; {_load_remedy(config, path)}") from error
     backbone = Backbone(model.to(device), targets=targets, activation_checkpointing=config.activation_checkpointing)
@@ -288,7 +288,7 @@ def load_backbone(config: BackboneConfig, *, targets: Sequence[str]) -> tuple[Ba
     return backbone, tokenizer
 
 
-def _load_model(path: str, **options: Any) -> Any:
+def load_model(path: str, **options: Any) -> Any:
     """A ``PreTrainedModel`` every weight of which was found; typed ``Any`` because its methods are wrapped beyond mypy's reach."""
     load: Any = AutoModelForCausalLM.from_pretrained
     model, report = load(path, output_loading_info=True, **options)
@@ -298,7 +298,7 @@ def _load_model(path: str, **options: Any) -> Any:
     return model
 
 
-def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer, able to pad: with the end of text where it names no pad token."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     # Where the files are missing transformers makes up a tokenizer of special tokens alone.
