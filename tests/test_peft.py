@@ -24,7 +24,7 @@ IDS = torch.tensor([[9, 40, 77, 120, 33, 250, 61]])
 def generated(backbone: Backbone, *, count: int = 1, seed: int = 1, rank: int = 2) -> LoRA:
     """What an untrained hypernetwork makes of random contexts, made strong enough to change what is said."""
     torch.manual_seed(seed)
-    hypernetwork = Hypernetwork(tiny_hypernetwork_config(rank=rank, scale=0.1), backbone)
+    hypernetwork = Hypernetwork(tiny_hypernetwork_config(rank=rank, scale=0.02), backbone)
     with torch.no_grad():
         return hypernetwork(backbone, torch.randint(6, 260, (count, 12)), None)
 
