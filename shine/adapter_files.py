@@ -78,7 +78,8 @@ def read_provenance(directory: Path) -> tuple[Provenance, ...]:
     try:
         return tuple(parse(Provenance, span) for span in values["contexts"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {error}; encode the context again") from None
+        problem = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{file}: its record of a context does not hold ({problem}); encode the context again") from None
 
 
 def read_shapes(directory: Path) -> dict[str, Any]:
@@ -86,7 +87,8 @@ def read_shapes(directory: Path) -> dict[str, Any]:
     file = directory / WEIGHTS_FILE
     try:
         with safe_open(file, framework="pt") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118: not a mapping
+            names = tensors.keys()
+            slices = {name: tensors.get_slice(name) for name in names}
             shapes = {name: piece.get_shape() for name, piece in slices.items()}
             dtype = next(iter(slices.values())).get_dtype()
     except (SafetensorError, OSError, StopIteration) as error:

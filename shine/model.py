@@ -186,7 +186,7 @@ class Shine:
         tokens = self._generate(worn, prompt, max_new_tokens, options)[0].tolist()
         stops = stop_ids(self.tokenizer)
         end = next((index for index, token in enumerate(tokens) if token in stops), len(tokens))
-        return clean_answer(str(self.tokenizer.decode(tokens[:end])))
+        return clean_answer(str(self.tokenizer.decode(tokens[:end], skip_special_tokens=True)))
 
     def stream(
         self,

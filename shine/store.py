@@ -44,17 +44,13 @@ class Store:
 
     def list(self) -> list[Entry]:
         """What is in it, in the order of the names."""
-        names = sorted(child.name for child in self.folder.iterdir()) if self.folder.is_dir() else []
-        return [self.entry(name) for name in names if self._versions(name)]
+        return [self.entry(name) for name in self._names()]
 
     def entry(self, name: str) -> Entry:
         """The current version of one context."""
         versions = self._versions(name)
         if not versions:
-            known = (
-                sorted(child.name for child in self.folder.iterdir() if self._versions(child.name)) if self.folder.is_dir() else []
-            )
-            raise ValueError(f"{self.folder} has no {name!r}; it has {', '.join(known) or 'nothing yet'}")
+            raise ValueError(f"{self.folder} has no {name!r}; it has {', '.join(self._names()) or 'nothing yet'}")
         folder = self.folder / name / str(versions[-1])
         return Entry(name, versions[-1], folder, read_provenance(folder))
 
@@ -94,6 +90,10 @@ class Store:
         if not names:
             raise ValueError("nothing to compose: name at least one context")
         return LoRA.concat([self.load(name) for name in names])
+
+    def _names(self) -> Sequence[str]:
+        names = sorted(child.name for child in self.folder.iterdir()) if self.folder.is_dir() else []
+        return [name for name in names if self._versions(name)]
 
     def _versions(self, name: str) -> Sequence[int]:
         folder = self.folder / name

@@ -30,9 +30,9 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         "check",
         help="tell whether an adapter knows its document",
         description=(
-            "Hold a word that the text uses only once out of each of its sentences, and see whether the model finds it among words\n"
-            "held out elsewhere in the same text, with the adapter and without. This shows whether what the text says is in the\n"
-            "adapter, not only how it sounds; it does not show how well questions are answered.\n"
+            "Hold a word that the text uses only once out of each of its sentences, and see whether the model finds it among\n"
+            "words held out elsewhere in the same text, with the adapter and without. This shows whether what the text says is\n"
+            "in the adapter, not only how it sounds; it does not show how well questions are answered.\n"
             "Exit code 0: the adapter knows its text better than chance explains (sign test, 5 %); 1: it does not; 2: an error."
         ),
         examples="""

@@ -63,10 +63,9 @@ def _compare(args: argparse.Namespace) -> None:
         if args.model is not None:
             raise ValueError("with --context A and B are the checkpoints: leave --model out")
         loras, answers = _read_by_both(args)
-    found = {"a": _measures(args.a, loras[0]), "b": _measures(args.b, loras[1]), "cosine": _cosine(*loras)}
-    found["answers"] = [
-        {"question": question, "a": answers[0][index], "b": answers[1][index]} for index, question in enumerate(args.question)
-    ]
+    asked = [{"question": question, "a": a, "b": b} for question, a, b in zip(args.question, *answers, strict=True)]
+    measures = {"a": _measures(args.a, loras[0]), "b": _measures(args.b, loras[1])}
+    found: dict[str, Any] = {**measures, "cosine": _cosine(*loras), "answers": asked}
     if args.json:
         print_json(found)
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -82,8 +81,6 @@ def _encode(args: argparse.Namespace) -> None:
             print(f"{many}{folder}  ({tokens:,} tokens, rank {lora.rank}, {seconds:.1f} s)", flush=True)
     if args.json:
         print_json(written)
-    elif not args.join:
-        print("ask it: shine chat --model ... --adapter FOLDER", file=sys.stderr) if args.format == "shine" else None
 
 
 def _folders(output: Path, names: list[str], *, apart: bool) -> list[Path]:

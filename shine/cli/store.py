@@ -49,9 +49,8 @@ shine store forget adapters notes
     listing.add_argument("store", metavar="STORE", help="the folder")
     add_json_option(listing)
     listing.set_defaults(run=_list)
-    forget = actions.add_parser(
-        "forget", help="remove a context and its versions", description="Remove a context and its versions."
-    )
+    removal = "remove a context and its versions"
+    forget = actions.add_parser("forget", help=removal, description=f"{removal.capitalize()}.")
     _add_names(forget, "name")
     forget.set_defaults(run=_forget)
     compose = actions.add_parser("compose", help="write one adapter that holds several", description="Add up several contexts.")

@@ -1,8 +1,8 @@
 """Whether an adapter knows its document: words held out of the document's own sentences, scored with and without the adapter.
 
-The question is a sentence up to a word that the text uses only once, and the answer is that word. It competes with words held out of
-other sentences of the same text, so that knowing what such a text is about is not enough. What this cannot tell is whether questions
-are answered well: it shows that what the text says, and not only its style, is there.
+The question is a sentence up to a word that the text uses only once, and the answer is that word. It competes with words held out
+of other sentences of the same text, so that knowing what such a text is about is not enough. What this cannot tell is whether
+questions are answered well: it shows that what the text says, and not only its style, is there.
 """
 
 from __future__ import annotations
@@ -60,11 +60,9 @@ class Guess:
         return -self.scores[self.cloze.choices.index(self.cloze.word)]
 
     @property
-    def share(self) -> float:
-        """The right word's probability among the choices."""
-        top = max(self.scores)
-        weights = [math.exp(score - top) for score in self.scores]
-        return weights[self.cloze.choices.index(self.cloze.word)] / sum(weights)
+    def margin(self) -> float:
+        """How far the right word's log-probability lies above the mean of the other choices."""
+        return (-self.loss * len(self.scores) - sum(self.scores)) / (len(self.scores) - 1)
 
 
 @dataclass(frozen=True)
@@ -80,8 +78,8 @@ class Knowledge:
 
     @property
     def helped(self) -> int:
-        """Sentences in which the right word's probability among the choices is larger with the adapter."""
-        return sum(a.share > b.share for a, b in zip(self.with_adapter, self.without, strict=True))
+        """Sentences in which the right word gains more from the adapter than the other choices do on average."""
+        return sum(a.margin > b.margin for a, b in zip(self.with_adapter, self.without, strict=True))
 
     @property
     def p(self) -> float:
