@@ -109,8 +109,9 @@ class _Text(HTMLParser):
 
     UNSEEN = frozenset(("head", "script", "style", "template", "noscript"))
     INLINE = frozenset(
-        ("a", "abbr", "b", "bdi", "bdo", "cite", "code", "data", "dfn", "em", "font", "i", "kbd", "mark", "q", "s", "samp", "small")
-        + ("span", "strong", "sub", "sup", "time", "u", "var", "wbr")
+        re.findall(
+            r"\w+", "a abbr b bdi bdo cite code data dfn em font i kbd mark q s samp small span strong sub sup time u var wbr"
+        )
     )
 
     def __init__(self) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import datetime
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +33,7 @@ from shine.hypernetwork import Hypernetwork
 from shine.lora import LoRA
 from shine.provenance import ContextRecord, ModelRecord, Provenance, sha256
 from shine.reading import Reader
-from shine.zoo import ASSETS, load_backbone, looks_like_hub_id
+from shine.zoo import ASSETS, load_backbone, looks_like_hub_id, without_progress_bars
 
 SHIPPED_HYPERNETWORKS = {"cpu-world": ASSETS / "cpu-world" / "hypernetwork"}
 NOTHING_SAID = Conversation()
@@ -95,7 +94,7 @@ class Shine:
         if dtype is not None:
             config = replace(config, dtype=dtype)
         shape = info.hypernetwork if info is not None else hypernetwork or HypernetworkConfig()
-        with _without_progress_bars():
+        with without_progress_bars():
             held, tokenizer = load_backbone(config, targets=shape.targets)
         loaded = load_hypernetwork(directory, held, config=hypernetwork).eval().requires_grad_(False)
         check_backbone(directory, config=config, found=fingerprint(held.model, tokenizer))
@@ -309,17 +308,6 @@ class _Abandoned(StoppingCriteria):
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def _locate(path: str) -> str:

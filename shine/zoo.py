@@ -15,7 +15,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from shine.backbone import Backbone
 from shine.chat import END_OF_TEXT, prepare_tokenizer
@@ -286,6 +288,18 @@ def load_backbone(config: BackboneConfig, *, targets: Sequence[str]) -> tuple[Ba
     backbone = Backbone(model.to(device), targets=targets, activation_checkpointing=config.activation_checkpointing)
     prepare_tokenizer(tokenizer, config.task_tokens, embedding_rows=backbone.vocabulary_size)
     return backbone, tokenizer
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Quiet while transformers loads or writes weights; its own setting afterwards."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def load_model(path: str, **options: Any) -> Any:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,7 @@ def test_two_adapters_in_two_threads_do_not_mix(world: Shine) -> None:
         thread.join()
     assert found == wanted
     # They really took turns.
-    assert sum(a != b for a, b in zip(overlap, overlap[1:], strict=False)) > 4
+    assert sum(a != b for a, b in pairwise(overlap)) > 4
 
 
 def test_two_threads_may_encode_while_others_answer(tiny: Shine) -> None:

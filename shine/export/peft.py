@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from shine.files import may_replace, written_beside
 from shine.fingerprint import Fingerprint, fingerprint
 from shine.lora import LoRA
-from shine.zoo import load_model, load_tokenizer, resolve
+from shine.zoo import load_model, load_tokenizer, resolve, without_progress_bars
 
 CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE, README_FILE = (
     "adapter_config.json",
@@ -112,7 +112,8 @@ def write_merged(lora: LoRA, directory: str | Path, *, backbone: str, dtype: tor
     folder = Path(directory).expanduser()
     may_replace(folder, names=frozenset(), what="merged model")
     path = resolve(backbone)
-    model, tokenizer = load_model(path, dtype=dtype or "auto"), load_tokenizer(path)
+    with without_progress_bars():
+        model, tokenizer = load_model(path, dtype=dtype or "auto"), load_tokenizer(path)
     found = fingerprint(model, tokenizer)
     for span in (span for spans in lora.provenance for span in spans):
         wanted = Fingerprint.parse(span.backbone.fingerprint)
@@ -125,7 +126,7 @@ def write_merged(lora: LoRA, directory: str | Path, *, backbone: str, dtype: tor
     for name, (a, b) in lora.items():
         weight = model.get_submodule(name).weight
         weight.copy_(weight.float() + (a[0].float() @ b[0].float()).mT.to(weight.device))
-    with written_beside(folder) as beside:
+    with written_beside(folder) as beside, without_progress_bars():
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         if isinstance(model.generation_config, GenerationConfig):
