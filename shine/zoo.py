@@ -15,7 +15,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from shine.backbone import Backbone
 from shine.chat import END_OF_TEXT, prepare_tokenizer
@@ -101,7 +103,7 @@ def resolve(path: str) -> str:
         return str(folder)
     if folder.is_file():
         raise ValueError(f"{path} is a file: give the folder that holds config.json, the safetensors and the tokenizer")
-    if _looks_like_hub_id(path):
+    if looks_like_hub_id(path):
         return path
     if "/" in path:
         raise ValueError(f"there is no folder {path}: download it with `{_download_command(path)}`, or change backbone.path")
@@ -111,7 +113,8 @@ def resolve(path: str) -> str:
     raise ValueError(f"no backbone is called {path!r}: {guess}Give one of {', '.join(known)}, a folder, or a hub id (owner/name)")
 
 
-def _looks_like_hub_id(path: str) -> bool:
+def looks_like_hub_id(path: str) -> bool:
+    """Whether this is ``owner/name`` rather than a folder of this repository that is missing."""
     match = re.fullmatch(r"([A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*", path)
     return match is not None and match[1] not in _LOCAL_OWNERS
 
@@ -227,7 +230,7 @@ def _check(file: Path, sha256: str, *, remedy: str) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Write a GGUF file as a plain bfloat16 model with its tokenizer into ``folder``."""
     options = {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True)}
-    _load_model(str(gguf.parent), dtype=torch.bfloat16, **options).save_pretrained(folder)
+    load_model(str(gguf.parent), dtype=torch.bfloat16, **options).save_pretrained(folder)
     _read_tokenizer(gguf).save_pretrained(folder)
 
 
@@ -278,7 +281,7 @@ def load_backbone(config: BackboneConfig, *, targets: Sequence[str]) -> tuple[Ba
     device = find_device(config.device)
     path = resolve(config.path)
     try:
-        model = _load_model(path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
+        model = load_model(path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
         tokenizer = load_tokenizer(path)
     except Exception as error:  # safetensors, tokenizers and transformers raise anything, bare Exception included
         raise ValueError(f"cannot load backbone {config.path}: {_first_line(error)}; {_load_remedy(config, path)}") from error
@@ -301,7 +304,19 @@ def variant_name(path: str, backbone: Backbone) -> str | None:
     return f"quantised: {getattr(method, 'value', method)}"
 
 
-def _load_model(path: str, **options: Any) -> Any:
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Quiet while transformers loads or writes weights; its own setting afterwards."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def load_model(path: str, **options: Any) -> Any:
     """A ``PreTrainedModel`` every weight of which was found; typed ``Any`` because its methods are wrapped beyond mypy's reach."""
     load: Any = AutoModelForCausalLM.from_pretrained
     model, report = load(path, output_loading_info=True, **options)

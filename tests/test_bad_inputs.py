@@ -26,7 +26,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "race": {"example_id": "1", "article": "c", "question": "q", "options": ["a", "b", "c", "d"], "answer": "A"},
     "hotpotqa": {"id": "1", "question": "q", "answer": "a", "context": {"title": ["t"], "sentences": [["s"]]}},
     "2wiki": {"_id": "1", "question": "q", "answer": "a", "context": [["t", ["s"]]]},
-    "musique": {"id": "1", "question": "q", "answer": "a", "answer_aliases": [], "paragraphs": [{"title": "t", "paragraph_text": "p"}]},
+    "musique": {"id": "1", "question": "q", "answer": "a", "answer_aliases": [], "paragraphs": [{"paragraph_text": "p"}]},
     "msmarco": {"query": "q", "query_id": 1, "answers": ["a"], "passages": {"passage_text": ["p"], "is_selected": [1]}},
     "text": {"text": "c"},
     "wikitext": {"text": "c"},

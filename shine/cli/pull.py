@@ -27,7 +27,8 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 def _pull(args: argparse.Namespace) -> None:
     import shutil
 
-    from shine.checkpoint import output_folder, read_info, read_weights, written_beside
+    from shine.checkpoint import output_folder, read_info, read_weights
+    from shine.files import written_beside
     from shine.hub import FILES, download, hub_id
     from shine.manifest import MANIFEST_FILE
 

@@ -15,13 +15,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from shine.backbone import Backbone
-from shine.checkpoint import CheckpointInfo, effective_config, introduce, save_hypernetwork, written_beside
+from shine.checkpoint import CheckpointInfo, effective_config, introduce, save_hypernetwork
 from shine.config import TrainConfig
 from shine.data.batching import SampleStream
 from shine.data.build import build_samples
 from shine.data.samples import Sample
 from shine.data.sources import look_into
 from shine.data.tally import Tally
+from shine.files import written_beside
 from shine.fingerprint import fingerprint
 from shine.training.distributed import Ranks, join_ranks
 from shine.training.guard import Guard
@@ -109,7 +110,8 @@ class _Run:
         self.hypernetwork, before = start_hypernetwork(config, backbone, found=found, start=start)
         stages, revision = (*before, stage.name), getattr(backbone.model.config, "_commit_hash", None)
         variant = variant_name(config.backbone.path, backbone)
-        self.info = CheckpointInfo(config.backbone, self.hypernetwork.config, stages, found, revision, variant)
+        shape, length = self.hypernetwork.config, stage.context_length
+        self.info = CheckpointInfo(config.backbone, shape, stages, found, revision, variant, length)
         if config.engine == "fsdp" and ranks.size > 1:
             shard(self.hypernetwork, ranks)
         self.optimizer = build_optimizer(self.hypernetwork, stage)

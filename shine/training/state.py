@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shine.checkpoint import CheckpointInfo, is_unfinished, save_hypernetwork, written_beside
+from shine.checkpoint import CheckpointInfo, is_unfinished, save_hypernetwork
+from shine.files import written_beside
 from shine.manifest import damage, write_manifest
 
 STATE_FILE, RUN_FILE = "training_state.pt", "run.json"
