@@ -324,6 +324,32 @@ class EvaluationConfig(ScoringConfig):
             raise ValueError("data.test is empty: name at least one source to score on")
 
 
+@dataclass(frozen=True, config=_STRICT)
+class RemoteConfig:
+    """A model behind an OpenAI-compatible server; where it is and the key stay in the environment (see `shine.remote`).
+
+    Attributes:
+        model: its name on the server.
+        concurrency: requests under way at once.
+        attempts: how often a request is made, in all, before it counts as failed.
+        timeout: seconds that one attempt may take.
+        first_wait: seconds before the second attempt; doubles with each.
+        longest_wait: seconds, where doubling ends; a server that asks for a longer wait has refused.
+        options: what else is sent with each request: ``temperature``, ``max_tokens``, ``response_format`` and so on.
+        prompt_price, completion_price: of a million tokens, in any one currency.
+    """
+
+    model: str
+    concurrency: Positive = 8
+    attempts: Positive = 6
+    timeout: PositiveFloat = 120.0
+    first_wait: NotNegative = 1.0
+    longest_wait: NotNegative = 60.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    prompt_price: NotNegative = 0.0
+    completion_price: NotNegative = 0.0
+
+
 def parse(kind: type[T], values: Mapping[str, Any]) -> T:
     """Plain nested values (what a YAML file holds) to a configuration.
 
