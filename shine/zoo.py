@@ -101,7 +101,7 @@ def resolve(path: str) -> str:
         return str(folder)
     if folder.is_file():
         raise ValueError(f"{path} is a file: give the folder that holds config.json, the safetensors and the tokenizer")
-    if _looks_like_hub_id(path):
+    if looks_like_hub_id(path):
         return path
     if "/" in path:
         raise ValueError(f"there is no folder {path}: download it with `{_download_command(path)}`, or change backbone.path")
@@ -111,7 +111,8 @@ def resolve(path: str) -> str:
     raise ValueError(f"no backbone is called {path!r}: {guess}Give one of {', '.join(known)}, a folder, or a hub id (owner/name)")
 
 
-def _looks_like_hub_id(path: str) -> bool:
+def looks_like_hub_id(path: str) -> bool:
+    """Whether this is ``owner/name`` rather than a folder of this repository that is missing."""
     match = re.fullmatch(r"([A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*", path)
     return match is not None and match[1] not in _LOCAL_OWNERS
 
@@ -227,7 +228,7 @@ def _check(file: Path, sha256: str, *, remedy: str) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Write a GGUF file as a plain bfloat16 model with its tokenizer into ``folder``."""
     options = {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True)}
-    _load_model(str(gguf.parent), dtype=torch.bfloat16, **options).save_pretrained(folder)
+    load_model(str(gguf.parent), dtype=torch.bfloat16, **options).save_pretrained(folder)
     _read_tokenizer(gguf).save_pretrained(folder)
 
 
@@ -278,8 +279,8 @@ def load_backbone(config: BackboneConfig, *, targets: Sequence[str]) -> tuple[Ba
     device = find_device(config.device)
     path = resolve(config.path)
     try:
-        model = _load_model(path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
-        tokenizer = _load_tokenizer(path)
+        model = load_model(path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
+        tokenizer = load_tokenizer(path)
     except Exception as error:  # safetensors, tokenizers and transformers raise anything, bare Exception included
         raise ValueError(f"cannot load backbone {config.path}: {_first_line(error)}; {_load_remedy(config, path)}") from error
     backbone = Backbone(model.to(device), targets=targets, activation_checkpointing=config.activation_checkpointing)
@@ -287,7 +288,7 @@ def load_backbone(config: BackboneConfig, *, targets: Sequence[str]) -> tuple[Ba
     return backbone, tokenizer
 
 
-def _load_model(path: str, **options: Any) -> Any:
+def load_model(path: str, **options: Any) -> Any:
     """A ``PreTrainedModel`` every weight of which was found; typed ``Any`` because its methods are wrapped beyond mypy's reach."""
     load: Any = AutoModelForCausalLM.from_pretrained
     model, report = load(path, output_loading_info=True, **options)
@@ -297,7 +298,7 @@ def _load_model(path: str, **options: Any) -> Any:
     return model
 
 
-def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer, able to pad: with the end of text where it names no pad token."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     # Where the files are missing transformers makes up a tokenizer of special tokens alone.
