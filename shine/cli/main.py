@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from shine.cli import fetch, release
+from shine.cli import converse, fetch, judge, release, report, trust
 
-COMMANDS = (fetch, release)
+COMMANDS = (fetch, converse, report, judge, trust, release)
 """In the order of ``shine --help``. Each module adds one subcommand; what it imports at its top must be quick to import."""
 
 

@@ -68,6 +68,18 @@ def recall_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def judge_table(summary: Mapping[str, Any]) -> Table:
+    """What a judge says of every method on every source."""
+    table = _table(f"Judged correct by {summary['judge']}, percent", ["correct", "95 %", "judged", "failed calls"])
+    for source, methods in summary["sources"].items():
+        for method, found in methods.items():
+            share = ("", "")
+            if found["judged"]:
+                share = (f"{found['correct']:.1f}", "{:.1f} to {:.1f}".format(*found["interval"]))
+            table.add_row(source, title_of(method), *share, f"{found['judged']:,}", f"{found['failed']:,}")
+    return table
+
+
 def show(table: Table) -> None:
     """Print a table, wide enough for its content also where there is no terminal."""
     console = Console()
