@@ -160,13 +160,21 @@ def _draw_time(panels: Sequence[tuple[Run, str]], path: Path) -> Path:
             if label is None:
                 sweep.setdefault(method.partition("x")[0].partition(":")[2], []).append(place)
         for dash, (count, places) in zip(DASHES * len(sweep), sweep.items(), strict=False):
-            axes.plot(*zip(*sorted(places), strict=True), dash, color=TUNED, label=f"fine-tuned, {count} conversations, by epochs")
+            axes.plot(*zip(*sorted(places), strict=True), dash, color=TUNED, label=f"fine-tuned on {_learned(count)}, by epochs")
         axes.set(
             xlabel="seconds a context, with all its questions", ylabel="F1, percent", title=f"{run.name}: {source}", ylim=(0, 103)
         )
         axes.set_xscale("log")
+        times = [scores["seconds"]["total"] / scores["contexts"] for scores in run.summary["sources"][source]["methods"].values()]
+        axes.set_xlim(min(times) / 3, max(times) * 3)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.legend(frameon=False, fontsize=8)
     return _save(figure, path)
+
+
+def _learned(count: str) -> str:
+    return "the text alone" if count == "0" else f"the text and {count} conversations"
 
 
 def _grid(count: int) -> tuple[Figure, list[Axes]]:

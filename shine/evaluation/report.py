@@ -169,8 +169,11 @@ def _difference_table(runs: Sequence[Run]) -> Iterator[str]:
     yield from _head(["run", "set", "methods", "difference [95 %]"], left=3)
     for run in runs:
         for source, found in run.summary["sources"].items():
+            first = next(iter(found["methods"]))
             for pair, scores in found["differences"].items():
                 ours, _, theirs = pair.partition(" - ")
+                if ours != first:
+                    continue
                 yield _line([run.name, source, f"{title_of(ours)} − {title_of(theirs)}", f"{Estimate(**scores['f1']):+.1f}"])
 
 
@@ -202,9 +205,11 @@ def _recall_table(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _comparison_table(compared: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield from _head(["from", "to", "set", "method", "score", "difference [95 %]", "contexts"], left=5)
+    yield from _head(["from", "to", "set", "method", "F1, difference [95 %]", "contexts"], left=4)
     for row in compared:
-        names = [row["from"], row["to"], row["source"], title_of(row["method"]), row["score"].upper().replace("_", "-")]
+        if row["score"] != "f1":
+            continue
+        names = [row["from"], row["to"], row["source"], title_of(row["method"])]
         sure = row["difference"].low > 0 or row["difference"].high < 0
         yield _line([*names, f"**{row['difference']:+.1f}**" if sure else f"{row['difference']:+.1f}", f"{row['contexts']:,}"])
 

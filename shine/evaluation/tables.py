@@ -18,7 +18,7 @@ def title_of(method: str) -> str:
     if kind != "fine_tuning":
         return TITLES[method]
     count, _, epochs = sweep.partition("x")
-    return f"Fine-tuned, {count} conv. × {epochs}"
+    return f"Fine-tuned, {'text' if count == '0' else f'{count} conv.'} × {epochs}"
 
 
 def answer_table(summary: Mapping[str, Any]) -> Table:

@@ -22,28 +22,9 @@ from shine.lora import LoRA
 from shine.metrics import exact_match, f1, normalise
 
 TURNS = 15
-UNKNOWN = tuple(
-    [
-        "not know",
-        "t know",
-        "unknown",
-        "not mention",
-        "not say",
-        "not state",
-        "not specif",
-        "not given",
-        "not provid",
-        "no information",
-        "cannot",
-        "can not",
-        "can t",
-        "unable",
-        "no answer",
-        "unanswerable",
-        "not answer",
-        "unclear",
-        "not sure",
-    ]
+UNKNOWN = (
+    *("not know", "t know", "unknown", "not sure", "unclear", "not mention", "not say", "not state", "not specif", "not given"),
+    *("not provid", "no information", "cannot", "can not", "can t", "unable", "no answer", "unanswerable", "not answer"),
 )
 """What an answer holds, in normal form, that says it does not know."""
 

@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from shine.evaluation.plots import COLORS
 from shine.evaluation.statistics import Estimate
@@ -130,4 +131,5 @@ def _draw_decay(axes: Axes, decay: Mapping[str, Any]) -> None:
         axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
         axes.plot(places, [turn["em"]["value"] for turn in turns.values()], "o-", color=color, label=COLUMNS[name])
     axes.set(xlabel="turn of the conversation", ylabel="EM, percent", ylim=(0, 105), title="Does it last?")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=8)
