@@ -247,7 +247,7 @@ def composed(door: str, *overrides: str) -> Any:
 def groups_of(door: str) -> set[str]:
     """The groups in the door's defaults, those of what it includes too."""
     groups = set()
-    for entry in yaml.safe_load((CONFIGS / f"{door}.yaml").read_text()).get("defaults", []):
+    for entry in yaml.safe_load((CONFIGS / f"{door.partition('@')[0]}.yaml").read_text()).get("defaults", []):
         if isinstance(entry, dict):
             groups |= {key.removeprefix("override ").split("@")[0] for key in entry}
         elif entry != "_self_":
