@@ -21,7 +21,8 @@ from shine.data.examples import Example
 from shine.data.sources import read_source
 from shine.data.worlds import guess_rate
 from shine.evaluation.plots import draw_report
-from shine.evaluation.run import PREDICTIONS_FILE, evaluate
+from shine.evaluation.results import PREDICTIONS_FILE
+from shine.evaluation.run import evaluate
 from shine.evaluation.tables import TITLES
 from shine.training.loop import train
 from shine.training.stop import StoppedError

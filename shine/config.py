@@ -19,7 +19,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 NotNegative = Annotated[float, Field(ge=0)]
 StageName = Literal["pretrain", "mqa", "1qa"]
-MethodName = Literal["shine", "in_context", "only_question"]
+MethodName = Literal["shine", "in_context", "only_question", "fine_tuning"]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -197,37 +197,6 @@ class StageConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class TrainConfig:
-    """A training run.
-
-    Attributes:
-        checkpoint: the previous stage's directory to start from; ``None`` starts the hypernetwork at random.
-        from_scratch: let a QA stage start at random too, which otherwise needs a checkpoint.
-        resume: continue from the ``latest`` step directory of this run, or from the one named here; ``auto`` is ``latest`` where
-            there is one, a fresh start where there is none, and nothing where the run has ended: for jobs that a scheduler starts
-            again.
-        allow_changes: let a resumed run differ from the one it continues in what changes the result.
-        dry_run: go once through everything on a tiny backbone instead, and leave nothing behind.
-        output: where the run writes.
-        engine: how several ranks train together: ``ddp`` holds everything trainable on each, ``fsdp`` a part on each,
-            gathered whole within a step.
-    """
-
-    backbone: BackboneConfig
-    hypernetwork: HypernetworkConfig
-    stage: StageConfig
-    data: DataConfig
-    output: str
-    engine: Literal["ddp", "fsdp"] = "ddp"
-    checkpoint: str | None = None
-    from_scratch: bool = False
-    resume: str | None = None
-    allow_changes: bool = False
-    dry_run: bool = False
-    seed: Seed = 42
-
-
-@dataclass(frozen=True, config=_STRICT)
 class PromptConfig:
     """What the baselines see. ``{context}`` and ``{question}`` are filled in.
 
@@ -252,36 +221,118 @@ class PromptConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class EvaluationConfig:
-    """An evaluation run.
+class FineTuningConfig:
+    """Ordinary LoRAs, each trained on one context: every number of conversations with every number of epochs is a method.
 
     Attributes:
-        checkpoint: a hypernetwork directory, ours or a released three-file one; only the baselines can do without.
-        hypernetwork: only read for what a released directory does not record.
-        stage: whose evaluation this is, and how many tokens of a context are read; the rest of it belongs to training.
+        source: conversations about the contexts that are scored, matched by the context's text, each example one conversation.
+            Fair where they were written from the contexts alone. ``None`` takes the other questions about the same context with
+            their gold answers, never the one that is asked: half of them answers for the other half, which gives this baseline
+            what no other method gets.
+        conversations: how many of them are learned. The context itself is learned too, whatever the number: as the answer to
+            ``prompts.repeat``.
+        epochs: passes over them.
+        rank, alpha: of the LoRA, on all of ``hypernetwork.targets``.
+        batch_size: conversations a step.
+    """
+
+    source: SourceConfig | None = None
+    conversations: tuple[Count, ...] = (0, 4)
+    epochs: tuple[Positive, ...] = (5, 20)
+    rank: Positive = 8
+    alpha: PositiveFloat = 16.0
+    learning_rate: PositiveFloat = 1e-3
+    batch_size: Positive = 4
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class ScoringConfig:
+    """How a checkpoint is scored, whatever it is scored on.
+
+    Attributes:
+        batch_size: contexts encoded, and questions answered, side by side. The batches are the same on every run of any number of
+            ranks, resumed or not.
         history: what earlier turns of a conversation hold, the method's own answers or the gold ones.
-        lengths: upper bounds, in tokens, of the length buckets of a pretraining evaluation; longer texts make one more bucket.
+        lengths: upper bounds, in tokens, of the length buckets; longer texts make one more bucket.
+        resume: go on with what an interrupted evaluation left in the output folder; false begins again.
+    """
+
+    prompts: PromptConfig
+    methods: tuple[MethodName, ...] = ("shine", "in_context", "only_question")
+    batch_size: Positive = 16
+    max_new_tokens: Positive = 64
+    history: Literal["own", "gold"] = "own"
+    lengths: tuple[Positive, ...] = (100, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1100)
+    fine_tuning: FineTuningConfig = field(default_factory=FineTuningConfig)
+    resume: bool = True
+
+    def __post_init__(self) -> None:
+        if list(self.lengths) != sorted(set(self.lengths)):
+            raise ValueError(f"lengths={list(self.lengths)} must rise")
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            known = "shine, in_context, only_question, fine_tuning"
+            raise ValueError(f"methods={list(self.methods)}: name at least one of {known}, each once")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        checkpoint: the previous stage's directory to start from; ``None`` starts the hypernetwork at random.
+        from_scratch: let a QA stage start at random too, which otherwise needs a checkpoint.
+        resume: continue from the ``latest`` step directory of this run, or from the one named here; ``auto`` is ``latest`` where
+            there is one, a fresh start where there is none, and nothing where the run has ended: for jobs that a scheduler starts
+            again.
+        allow_changes: let a resumed run differ from the one it continues in what changes the result.
+        dry_run: go once through everything on a tiny backbone instead, and leave nothing behind.
+        output: where the run writes.
+        engine: how several ranks train together: ``ddp`` holds everything trainable on each, ``fsdp`` a part on each,
+            gathered whole within a step.
+        evaluate_at_end: score the result the way the stage asks for, as ``scoring`` says, on ``data.test``; the files go to
+            ``evaluation`` in the output folder.
     """
 
     backbone: BackboneConfig
     hypernetwork: HypernetworkConfig
     stage: StageConfig
     data: DataConfig
-    prompts: PromptConfig
     output: str
+    engine: Literal["ddp", "fsdp"] = "ddp"
     checkpoint: str | None = None
-    methods: tuple[MethodName, ...] = ("shine", "in_context", "only_question")
-    batch_size: Positive = 16
-    max_new_tokens: Positive = 64
-    history: Literal["own", "gold"] = "own"
-    lengths: tuple[Positive, ...] = (100, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1100)
+    from_scratch: bool = False
+    resume: str | None = None
+    allow_changes: bool = False
+    dry_run: bool = False
+    evaluate_at_end: bool = False
+    scoring: ScoringConfig | None = None
     seed: Seed = 42
 
     def __post_init__(self) -> None:
-        if list(self.lengths) != sorted(set(self.lengths)):
-            raise ValueError(f"lengths={list(self.lengths)} must rise")
-        if not self.methods or len(set(self.methods)) < len(self.methods):
-            raise ValueError(f"methods={list(self.methods)}: name at least one of shine, in_context, only_question, each once")
+        if self.evaluate_at_end and (self.scoring is None or not self.data.test):
+            raise ValueError("evaluate_at_end=true needs scoring and a source in data.test: set them, or leave it false")
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class EvaluationConfig(ScoringConfig):
+    """An evaluation run.
+
+    Attributes:
+        checkpoint: a hypernetwork directory, ours or a released three-file one; only the baselines can do without.
+        hypernetwork: only read for what a released directory does not record.
+        stage: whose evaluation this is, and how many tokens of a context are read; the rest of it belongs to training.
+    """
+
+    backbone: BackboneConfig
+    hypernetwork: HypernetworkConfig
+    stage: StageConfig
+    data: DataConfig
+    output: str
+    checkpoint: str | None = None
+    seed: Seed = 42
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.data.test:
             raise ValueError("data.test is empty: name at least one source to score on")
 

@@ -250,7 +250,8 @@ def groups_of(door: str) -> set[str]:
     for entry in yaml.safe_load((CONFIGS / f"{door}.yaml").read_text()).get("defaults", []):
         if isinstance(entry, dict):
             groups |= {key.removeprefix("override ").split("@")[0] for key in entry}
-        elif entry != "_self_":
+        elif entry != "_self_" and "@" not in entry:
+            # What is put elsewhere by @ has its groups there, under another name.
             groups |= groups_of(entry)
     return groups
 
@@ -349,7 +350,7 @@ def test_a_door_without_an_output_says_so_and_starts_nothing(
     import train
 
     started: list[TrainConfig] = []
-    monkeypatch.setattr(train, "train", started.append)
+    monkeypatch.setattr(train, "train_and_evaluate", started.append)
     with pytest.raises(SystemExit) as end:
         train.main(compose(config_name="train"))
     assert end.value.code == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from shine.backbone import Backbone
 from shine.chat import Message, encode_conversation, encode_prompt, token_ids
 from shine.checkpoint import CheckpointInfo, save_hypernetwork
 from shine.config import BackboneConfig, DataConfig, EvaluationConfig, PromptConfig, SourceConfig, StageConfig
+from shine.data.batching import chunks
 from shine.data.examples import Example, Turn
 from shine.data.tally import Tally
 from shine.evaluation import pretraining, qa
 from shine.evaluation.methods import Asked, Method
 from shine.evaluation.plots import smooth
-from shine.evaluation.run import PREDICTIONS_FILE, SUMMARY_FILE, evaluate, load_methods
+from shine.evaluation.results import PREDICTIONS_FILE, SUMMARY_FILE
+from shine.evaluation.run import evaluate, load_methods
+from shine.evaluation.scores import bucket, summarise_recall
 from shine.hypernetwork import Hypernetwork
 
 PROMPTS = PromptConfig(system="Be brief.", in_context="Text: {context}\nQuestion: {question}")
@@ -67,6 +71,19 @@ def methods(tiny_backbone_folder: str, checkpoint: str, tmp_path: Path) -> dict[
     }
 
 
+def predict(method: Method, examples: list[Example], config: EvaluationConfig, *, conversations: bool) -> list[qa.Prediction]:
+    """Batches of ``config.batch_size`` contexts, in the order given."""
+    groups = chunks(examples, config.batch_size)
+    values = {"kind": "jsonl", "conversations": conversations, "clock": qa.Clock()}
+    return [found for group in groups for found in qa.predict(method, "s", group, config, **values)]
+
+
+def recall(method: Method, config: EvaluationConfig) -> list[pretraining.Recall]:
+    """Both tasks on all examples."""
+    groups = [(task, group) for task in pretraining.TASKS for group in chunks(EXAMPLES, config.batch_size)]
+    return [r for task, group in groups for r in pretraining.recall(method, "s", group, config, task=task, clock=qa.Clock())]
+
+
 def write_examples(path: Path) -> None:
     rows = [
         {"id": e.id, "context": e.context, "turns": [{"question": t.question, "answers": list(t.answers)} for t in e.turns]}
@@ -79,7 +96,7 @@ def test_what_each_method_shows_the_backbone(methods: dict[str, Method]) -> None
     asked = Asked(0, "Why?", history=(("Who?", "Ada"),))
     tail = [Message("assistant", "Ada"), Message("user", "Why?")]
     for method in methods.values():
-        method.prepare(["Ada is red."])
+        method.prepare([Example("a", "Ada is red.")])
     assert methods["shine"].messages(asked) == [Message("user", "Who?"), *tail]
     assert methods["only_question"].messages(asked) == [Message("system", "Be brief."), Message("user", "Who?"), *tail]
     opening = Message("user", "Text: Ada is red.\nQuestion: Who?")
@@ -94,14 +111,14 @@ def test_shine_wears_an_adapter_and_the_baselines_get_the_prefix(
     generate = Backbone.generate
 
     def spy(self: Backbone, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> torch.Tensor:
-        read.extend(method.tokenizer.batch_decode(ids))
+        read.extend(method.speaker.tokenizer.batch_decode(ids))
         return generate(self, ids, mask, **options)
 
     monkeypatch.setattr(Backbone, "generate", spy)
     for method in load_methods(evaluation_config(tiny_backbone_folder, tmp_path, checkpoint=checkpoint, backbone=backbone)):
-        method.prepare(["Ada is red."])
+        method.prepare([Example("a", "Ada is red.")])
         assert (method.worn([Asked(0, "Who?")]) is not None) == (method.name == "shine")
-        method.answer([Asked(0, "Who?")], max_new_tokens=2)
+        method.answer([Asked(0, "Who?")], max_new_tokens=2, batch_size=2)
         assert read.pop().endswith("<|im_start|>assistant\n" + ("" if method.name == "shine" else "<think></think>"))
 
 
@@ -113,13 +130,9 @@ def test_batched_answers_are_those_of_one_by_one(
     """Contexts of unlike length, questions of unlike number, batches of two: as if each were alone."""
     method = methods[name]
     two = evaluation_config(tiny_backbone_folder, tmp_path)
-    together = list(qa.predict(method, "s", EXAMPLES, two, conversations=conversations, clock=qa.Clock()))
+    together = predict(method, EXAMPLES, two, conversations=conversations)
     one = evaluation_config(tiny_backbone_folder, tmp_path, batch_size=1)
-    alone = [
-        prediction
-        for example in EXAMPLES
-        for prediction in qa.predict(method, "s", [example], one, conversations=conversations, clock=qa.Clock())
-    ]
+    alone = [prediction for example in EXAMPLES for prediction in predict(method, [example], one, conversations=conversations)]
     assert together == alone
     assert [(p.id, p.turn) for p in together] == [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1), ("c", 0)]
     assert all(prediction.prediction for prediction in together)
@@ -138,7 +151,7 @@ def test_a_context_with_several_questions_is_encoded_once(
 
     monkeypatch.setattr(Backbone, "memory_states", counting)
     config = evaluation_config(tiny_backbone_folder, tmp_path)
-    predictions = list(qa.predict(method, "s", EXAMPLES, config, conversations=False, clock=qa.Clock()))
+    predictions = predict(method, EXAMPLES, config, conversations=False)
     assert len(predictions) == 6
     assert contexts == [2, 1]
     assert method.encoded == 3
@@ -151,13 +164,13 @@ def test_a_conversation_feeds_earlier_answers_back(
     seen: list[Asked] = []
     answer = Method.answer
 
-    def recording(self: Method, asked: list[Asked], *, max_new_tokens: int) -> list[str]:
+    def recording(self: Method, asked: list[Asked], *, max_new_tokens: int, batch_size: int) -> list[str]:
         seen.extend(asked)
-        return answer(self, asked, max_new_tokens=max_new_tokens)
+        return answer(self, asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
     monkeypatch.setattr(Method, "answer", recording)
     config = evaluation_config(tiny_backbone_folder, tmp_path, history=history)
-    predictions = list(qa.predict(methods["only_question"], "s", EXAMPLES[:1], config, conversations=True, clock=qa.Clock()))
+    predictions = predict(methods["only_question"], EXAMPLES[:1], config, conversations=True)
     said = [p.prediction for p in predictions] if history == "own" else ["Ada", "red", "so"]
     assert [asked.history for asked in seen] == [(), (("Who?", said[0]),), (("Who?", said[0]), ("What color?", said[1]))]
 
@@ -166,24 +179,24 @@ def test_recall_loss_is_that_of_the_text_and_its_end(methods: dict[str, Method],
     """Against a forward pass written out by hand, for SHINE and both tasks."""
     method = methods["shine"]
     config = evaluation_config(tiny_backbone_folder, tmp_path)
-    results = {(r.id, r.task): r for r in pretraining.recall(method, "s", EXAMPLES, config, clock=qa.Clock())}
+    results = {(r.id, r.task): r for r in recall(method, config)}
     assert set(results) == {(example.id, task) for example in EXAMPLES for task in pretraining.TASKS}
     tokenizer = tiny_tokenizer()
     for example in EXAMPLES:
-        method.prepare([example.context])
+        method.prepare([example])
         messages = [Message("user", "<RECON>"), Message("assistant", example.context)]
         encoded = encode_conversation(tokenizer, messages)
         ids = torch.tensor([encoded.input_ids])
         with torch.no_grad():
-            logits = method.backbone.logits(method.backbone.hidden(ids, None, lora=method.lora))[0]
+            logits = method.speaker.backbone.logits(method.speaker.backbone.hidden(ids, None, lora=method.lora))[0]
         # The newline after the end token is a label in training; what counts here is the text and its end.
         labels = torch.tensor(encoded.labels)[1:-1]
         expected = F.cross_entropy(logits[:-2], labels, reduction="mean")
         result = results[example.id, "reconstruct"]
         assert result.loss == pytest.approx(float(expected), rel=1e-4)
-        assert result.length == len(token_ids(tokenizer, example.context))
-        assert result.bucket == min(bound for bound in (10, 20, 40) if bound >= result.length)
-        assert result.tokens == result.length + 1
+        assert result.context_tokens == len(token_ids(tokenizer, example.context))
+        assert bucket(result.context_tokens, (10, 20, 40)) == min(b for b in (10, 20, 40) if b >= result.context_tokens)
+        assert result.tokens == result.context_tokens + 1
 
 
 def test_exact_prefix_of_generation_is_that_of_teacher_forcing(
@@ -191,24 +204,26 @@ def test_exact_prefix_of_generation_is_that_of_teacher_forcing(
 ) -> None:
     method = methods["in_context"]
     config = evaluation_config(tiny_backbone_folder, tmp_path)
-    for result in pretraining.recall(method, "s", EXAMPLES, config, clock=qa.Clock()):
+    for result in recall(method, config):
         example = next(e for e in EXAMPLES if e.id == result.id)
         visible = pretraining._visible(example, result.task, config.seed)
-        method.prepare([visible])
+        method.prepare([replace(example, context=visible)])
         question = PROMPTS.repeat if result.task == "reconstruct" else PROMPTS.complete
-        prompt = encode_prompt(method.tokenizer, method.messages(Asked(0, question)))
-        target = token_ids(method.tokenizer, example.context)
+        prompt = encode_prompt(method.speaker.tokenizer, method.messages(Asked(0, question)))
+        target = token_ids(method.speaker.tokenizer, example.context)
         with torch.no_grad():
-            logits = method.backbone.logits(method.backbone.hidden(torch.tensor([prompt + target]), None, lora=None))[0]
+            logits = method.speaker.backbone.logits(
+                method.speaker.backbone.hidden(torch.tensor([prompt + target]), None, lora=None)
+            )[0]
         right = (logits[len(prompt) - 1 : -1].argmax(-1) == torch.tensor(target)).tolist()
         assert result.exact_prefix == pytest.approx((right.index(False) if False in right else len(right)) / len(target))
 
 
 def test_summaries_weigh_tokens_and_texts() -> None:
-    recall = pretraining.Recall("s", "x", "reconstruct", "shine", 3, 10, 4, 1.0, 0.5, 0.0, 0.2, "")
-    other = pretraining.Recall("s", "y", "reconstruct", "shine", 11, 20, 12, 3.0, 1.0, 1.0, 1.0, "")
-    completions = [pretraining.Recall("s", "x", "complete", "shine", 3, 10, 4, 2.0, 0.0, 0.0, 0.0, "")]
-    summary: Any = pretraining.summarise([recall, other, *completions])
+    first = pretraining.Recall("s", "shine", "x", "reconstruct", 3, 4, 1.0, 0.5, 0.0, 0.2, "")
+    other = pretraining.Recall("s", "shine", "y", "reconstruct", 11, 12, 3.0, 1.0, 1.0, 1.0, "")
+    completions = [pretraining.Recall("s", "shine", "x", "complete", 3, 4, 2.0, 0.0, 0.0, 0.0, "")]
+    summary: Any = summarise_recall([asdict(row) for row in (first, other, *completions)], bounds=(10, 20))
     assert summary["reconstruct"]["perplexity"] == pytest.approx(math.exp((1.0 * 4 + 3.0 * 12) / 16))
     assert summary["reconstruct"]["exact_prefix"] == 75.0
     assert summary["reconstruct"]["lengths"]["20"]["em"] == 100.0
@@ -255,10 +270,10 @@ def test_each_stage_asks_in_its_own_way(
     most: list[int] = []
     answer_ids = Method.answer_ids
 
-    def spy(self: Method, questions: list[Asked], *, max_new_tokens: int) -> list[list[int]]:
+    def spy(self: Method, questions: list[Asked], *, max_new_tokens: int, batch_size: int) -> list[list[int]]:
         asked.extend(questions)
         most.append(max_new_tokens)
-        return answer_ids(self, questions, max_new_tokens=max_new_tokens)
+        return answer_ids(self, questions, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
     monkeypatch.setattr(Method, "answer_ids", spy)
     values = StageConfig(name=stage, context_length=200, conversation_length=64, learning_rate=1.0, warmup_steps=0)
@@ -290,15 +305,27 @@ def test_a_context_is_cut_between_characters(tiny_backbone_folder: str, tmp_path
     assert (tally.contexts_cut, tally.context_tokens_dropped) == (1, 6)
 
 
-def test_a_second_evaluation_replaces_the_first_and_says_so(
-    tiny_backbone_folder: str, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_evaluation_goes_on_and_another_one_replaces_it(
+    tiny_backbone_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A part of a run, with a line that a kill cut short, is gone on with to the same bytes; another plan begins again."""
     write_examples(tmp_path / "mine.jsonl")
-    config = evaluation_config(tiny_backbone_folder, tmp_path, checkpoint=checkpoint, methods=("only_question",))
+    config = evaluation_config(tiny_backbone_folder, tmp_path, methods=("only_question", "in_context"))
     evaluate(config)
-    assert "replaces" not in capsys.readouterr().out
+    file = tmp_path / "out" / PREDICTIONS_FILE
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    file.unlink()
+    (tmp_path / "out" / "predictions.part-0000.jsonl").write_bytes(b"".join(lines[:4]))
+    (tmp_path / "out" / "predictions.part-0003.jsonl").write_bytes(b"".join(lines[4:8]) + lines[8][:20])
+    capsys.readouterr()
     evaluate(config)
+    assert "goes on with" in capsys.readouterr().out
+    assert file.read_bytes() == whole
+    assert not list((tmp_path / "out").glob("predictions.part-*"))
+    evaluate(replace(config, max_new_tokens=3))
     assert f"replaces the evaluation in {tmp_path / 'out'}" in capsys.readouterr().out
+    assert file.read_bytes() != whole
 
 
 def test_the_record_holds_what_was_scored(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
-from shine.metrics import exact_match, exact_prefix_ratio, f1, normalise
+from shine.metrics import exact_match, exact_prefix_ratio, f1, hotpot_f1, normalise, rouge
 
 
 @pytest.mark.parametrize(
@@ -83,3 +85,49 @@ def test_f1(prediction: str, answers: list[str], score: float) -> None:
 )
 def test_exact_prefix_ratio(prediction: list[int], target: list[int], ratio: float) -> None:
     assert exact_prefix_ratio(prediction, target) == ratio
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "score"),
+    [
+        # hotpot_evaluate_v1.py: yes, no and noanswer count only as the same word.
+        ("yes", ["yes"], 1.0),
+        ("Yes.", ["yes"], 1.0),
+        ("no, he was not", ["no"], 0.0),
+        ("yes", ["Yes Minister"], 0.0),
+        ("noanswer", ["Rome"], 0.0),
+        ("no", ["yes", "No"], 1.0),
+        ("in Rome", ["Rome"], 2 / 3),
+        ("the", ["a"], 0.0),
+    ],
+)
+def test_hotpot_f1(prediction: str, answers: list[str], score: float) -> None:
+    assert hotpot_f1(prediction, answers) == pytest.approx(score)
+
+
+def test_rouge_by_hand() -> None:
+    # Unigrams 3 of 4 and 3 of 3; bigrams "the cat", "cat sat" are 2 of 3 and 2 of 2; longest common subsequence 3.
+    found = rouge("The cat sat down", ["the cat sat"])
+    assert found["rouge_1"] == pytest.approx(2 * (3 / 4) / (3 / 4 + 1), abs=1e-6)
+    assert found["rouge_2"] == pytest.approx(2 * (2 / 3) / (2 / 3 + 1), abs=1e-6)
+    assert found["rouge_l"] == pytest.approx(2 * (3 / 4) / (3 / 4 + 1), abs=1e-6)
+    assert rouge("cat the sat", ["sat the cat"])["rouge_l"] == pytest.approx(1 / 3, abs=1e-6)
+    assert rouge("dog", ["x y", "dog"])["rouge_1"] == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("prediction", "answer"), [("", "x"), ("x", ""), ("", ""), ("...", "x"), ("x", " . "), ("\n", ".")])
+def test_rouge_of_nothing_is_zero(prediction: str, answer: str) -> None:
+    assert rouge(prediction, [answer]) == {"rouge_1": 0.0, "rouge_2": 0.0, "rouge_l": 0.0}
+
+
+def test_rouge_of_a_long_text_without_sentences() -> None:
+    """The package alone recurses once for each word of both texts, beyond Python's limit."""
+    words = [f"w{n}" for n in range(1200)]
+    limit = sys.getrecursionlimit()
+    assert rouge(" ".join(words), [" ".join(words[::2])])["rouge_l"] == pytest.approx(2 * 600 / 1800, abs=1e-4)
+    assert sys.getrecursionlimit() == limit
+
+
+@pytest.mark.parametrize(("said", "gold"), [("東京の塔", "東京の駅"), ("ก ข ค", "กขง"), ("서울 타워", "서울 역")])
+def test_rouge_reads_scripts_without_spaces_by_character(said: str, gold: str) -> None:
+    assert 0 < rouge(said, [gold])["rouge_1"] < 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -177,16 +176,13 @@ class _Comparison(_Talk):
     methods: list[Method] = field(init=False)
 
     def __post_init__(self) -> None:
-        from shine.config import PromptConfig
-        from shine.evaluation.methods import Method
+        from shine.data.examples import Example
+        from shine.evaluation.side_by_side import three_methods
 
         super().__post_init__()
-        shine, prompts = self.shine, PromptConfig()
-        make: Callable[..., Method] = lambda name, **more: Method(name, shine.backbone, shine.tokenizer, prompts, **more)  # noqa: E731
-        self.methods = [make("shine", hypernetwork=shine.hypernetwork)]
-        self.methods += [make(name, assistant_prefix=shine.config.baseline_prefix) for name in ("in_context", "only_question")]
+        self.methods = three_methods(self.shine)
         for method in self.methods:
-            method.contexts = [self.text]
+            method.examples = [Example("context", self.text)]
 
     def reset(self) -> None:
         super().reset()
@@ -206,7 +202,7 @@ class _Comparison(_Talk):
         for method in self.methods:
             started = time.perf_counter()
             history = self.histories.get(method.name, ())
-            found = method.answer([Asked(0, question, history)], max_new_tokens=self.args.max_new_tokens)[0]
+            found = method.answer([Asked(0, question, history)], max_new_tokens=self.args.max_new_tokens, batch_size=1)[0]
             seconds[method.name] = round(time.perf_counter() - started, 3)
             answers[method.name] = found.text + (" …" if found.cut else "")
             self.histories[method.name] = (*history, (question, found.text))

@@ -6,9 +6,45 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from shine.cli import chat, check, compare, data, download, encode, export, fetch, info, pull, push, release, store
+from shine.cli import (
+    chat,
+    check,
+    compare,
+    converse,
+    data,
+    download,
+    encode,
+    export,
+    fetch,
+    info,
+    judge,
+    pull,
+    push,
+    release,
+    report,
+    store,
+    trust,
+)
 
-COMMANDS = (fetch, download, encode, chat, check, export, info, compare, store, data, release, push, pull)
+COMMANDS = (
+    fetch,
+    download,
+    encode,
+    chat,
+    check,
+    export,
+    info,
+    compare,
+    store,
+    data,
+    converse,
+    report,
+    judge,
+    trust,
+    release,
+    push,
+    pull,
+)
 """In the order of ``shine --help``. Each module adds one subcommand; what it imports at its top must be quick to import."""
 
 

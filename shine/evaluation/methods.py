@@ -1,28 +1,30 @@
-"""The three ways to answer: SHINE (the context as LoRA), In-Context (the context in the prompt), Only Question."""
+"""The ways to answer: SHINE (context as LoRA), In-Context (context in the prompt), Only Question; see also `fine_tuning`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from shine.backbone import Backbone
 from shine.chat import Message, clean_answer, encode_prompt, stop_ids, token_ids
-from shine.config import MethodName, PromptConfig
-from shine.data.batching import pad_left
+from shine.config import PromptConfig
+from shine.data.batching import chunks, pad_left
+from shine.data.examples import Example
 from shine.hypernetwork import Hypernetwork
 from shine.lora import LoRA
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question about context number ``context`` of those prepared, after the earlier turns of its conversation."""
+    """A question about context number ``context`` of those prepared, its turn ``turn``, after the earlier turns ``history``."""
 
     context: int
     question: str
     history: tuple[tuple[str, str], ...] = ()
+    turn: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,77 +35,146 @@ class Answer:
     cut: bool
 
 
-@dataclass
-class Method:
-    """A way to answer questions about contexts.
+@dataclass(frozen=True)
+class Speaker:
+    """The frozen model that all methods share, and what the baselines among them are told.
 
-    ``prepare`` reads a list of contexts once; then any number of questions about them can be asked. The count of encoded
-    contexts is kept, so that "a context with several questions is encoded once" can be checked.
+    Attributes:
+        assistant_prefix: what the baselines' answers start after.
     """
 
-    name: MethodName
     backbone: Backbone
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptConfig
     assistant_prefix: str = ""
-    hypernetwork: Hypernetwork | None = None
-    encoded: int = field(default=0, init=False)
-    contexts: list[str] = field(default_factory=list, init=False)
-    lora: LoRA | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
-        assert (self.hypernetwork is not None) == (self.name == "shine")
+    def batch(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows of ids side by side on the backbone's device, with their mask."""
+        ids, mask = pad_left(rows, value=self.tokenizer.pad_token_id)
+        return ids.to(self.backbone.device), None if mask is None else mask.to(self.backbone.device)
+
+
+class Method:
+    """A way to answer questions about contexts: `prepare` reads some, then any number of questions about them can be asked.
+
+    This one shows the question alone; the others say what they do beside.
+
+    Attributes:
+        name: under which its predictions are kept.
+        encoded: contexts made into adapters so far, so that "once, however many questions" can be checked.
+    """
+
+    plain = False
+    """Whether it sees plain ChatML, without the baselines' system turn and answer prefix."""
+
+    def __init__(self, name: str, speaker: Speaker) -> None:
+        self.name, self.speaker = name, speaker
+        self.encoded = 0
+        self.examples: list[Example] = []
+        self.lora: LoRA | None = None
 
     @torch.no_grad()
-    def prepare(self, contexts: Sequence[str]) -> None:
-        """Read these contexts; SHINE turns them into LoRAs here, in one batch."""
-        self.contexts = list(contexts)
-        if self.hypernetwork is not None:
-            ids, mask = self._batch([token_ids(self.tokenizer, context) for context in contexts])
-            self.lora = self.hypernetwork(self.backbone, ids, mask)
-            self.encoded += len(self.contexts)
+    def prepare(self, examples: Sequence[Example]) -> None:
+        """Read the contexts of these examples, all in one batch."""
+        self.examples = list(examples)
+        lora = self.adapters()
+        if lora is not None:
+            # Once here instead of at each linear of each token.
+            dtype = self.speaker.backbone.dtype
+            lora = LoRA({path: (a.to(dtype), b.to(dtype)) for path, (a, b) in lora.items()})
+            self.encoded += len(self.examples)
+        self.lora = lora
+
+    def adapters(self) -> LoRA | None:
+        """The adapters of the prepared contexts, if this method makes any."""
+        return None
+
+    def place(self, asked: Asked) -> int:
+        """Which of the adapters answers a question."""
+        return asked.context
+
+    def first_question(self, asked: Asked, question: str) -> str:
+        """What the conversation opens with."""
+        return question
+
+    def task_question(self, token: str, words: str) -> str:
+        """The question that asks for a text: the task token, or words for a model that never learned it."""
+        return token if self.plain else words
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of one context's adapter in the backbone's type; zero without one."""
+        if self.lora is None:
+            return 0
+        return sum(a[0].numel() * a.element_size() + b[0].numel() * b.element_size() for a, b in self.lora.values())
 
     def messages(self, asked: Asked) -> list[Message]:
         """The conversation up to and with the question, as this method shows it to the backbone."""
         questions = [question for question, _ in asked.history] + [asked.question]
-        if self.name == "in_context":
-            questions[0] = self.prompts.in_context.format(context=self.contexts[asked.context], question=questions[0])
-        messages = [Message("system", self.prompts.system)] if self.name != "shine" and self.prompts.system else []
+        questions[0] = self.first_question(asked, questions[0])
+        system = "" if self.plain else self.speaker.prompts.system
+        messages = [Message("system", system)] if system else []
         for index, question in enumerate(questions):
             messages.append(Message("user", question))
             if index < len(asked.history):
                 messages.append(Message("assistant", asked.history[index][1]))
         return messages
 
-    def answer(self, asked: Sequence[Asked], *, max_new_tokens: int) -> list[Answer]:
-        """Greedy answers, all questions in one batch."""
-        rows = self.answer_ids(asked, max_new_tokens=max_new_tokens)
-        texts = self.tokenizer.batch_decode(rows)
+    def prompt(self, asked: Asked) -> list[int]:
+        """Ids of what the backbone reads before it answers."""
+        prefix = "" if self.plain else self.speaker.assistant_prefix
+        return encode_prompt(self.speaker.tokenizer, self.messages(asked), assistant_prefix=prefix)
+
+    def answer(self, asked: Sequence[Asked], *, max_new_tokens: int, batch_size: int) -> list[Answer]:
+        """Greedy answers, in the order of the questions."""
+        rows = self.answer_ids(asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        texts = self.speaker.tokenizer.batch_decode(rows)
         return [Answer(clean_answer(text), len(row) == max_new_tokens) for row, text in zip(rows, texts, strict=True)]
 
     @torch.no_grad()
-    def answer_ids(self, asked: Sequence[Asked], *, max_new_tokens: int) -> list[list[int]]:
-        """Token ids of the greedy answers, without the end token and what follows it."""
-        stops = stop_ids(self.tokenizer)
-        prompts = [encode_prompt(self.tokenizer, self.messages(a), assistant_prefix=self.assistant_prefix) for a in asked]
-        ids, mask = self._batch(prompts)
-        tokens = self.backbone.generate(
-            ids,
-            torch.ones_like(ids) if mask is None else mask,
-            lora=self.worn(asked),
-            max_new_tokens=max_new_tokens,
-            stop_ids=stops,
-            pad_id=self.tokenizer.pad_token_id,
-        )
-        return [_until(row, stops) for row in tokens.tolist()]
+    def answer_ids(self, asked: Sequence[Asked], *, max_new_tokens: int, batch_size: int) -> list[list[int]]:
+        """Token ids of the greedy answers, without the end token and what follows it; prompts of one length go together."""
+        speaker, stops = self.speaker, stop_ids(self.speaker.tokenizer)
+        prompts = [self.prompt(question) for question in asked]
+        order = sorted(range(len(asked)), key=lambda index: len(prompts[index]))
+        found: dict[int, list[int]] = {}
+        for batch in chunks(order, batch_size):
+            ids, mask = speaker.batch([prompts[index] for index in batch])
+            tokens = speaker.backbone.generate(
+                ids,
+                torch.ones_like(ids) if mask is None else mask,
+                lora=self.worn([asked[index] for index in batch]),
+                max_new_tokens=max_new_tokens,
+                stop_ids=stops,
+                pad_id=speaker.tokenizer.pad_token_id,
+            )
+            found |= zip(batch, (_until(row, stops) for row in tokens.tolist()), strict=True)
+        return [found[index] for index in range(len(asked))]
 
     def worn(self, asked: Sequence[Asked]) -> LoRA | None:
-        """The adapter of each question's context, side by side."""
-        return None if self.lora is None else self.lora.select([a.context for a in asked])
+        """The adapter of each question, side by side."""
+        return None if self.lora is None else self.lora.select([self.place(question) for question in asked])
 
-    def _batch(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        ids, mask = pad_left(rows, value=self.tokenizer.pad_token_id)
-        return ids.to(self.backbone.device), None if mask is None else mask.to(self.backbone.device)
+
+class Shine(Method):
+    """The context as a LoRA that the hypernetwork made."""
+
+    plain = True
+
+    def __init__(self, name: str, speaker: Speaker, hypernetwork: Hypernetwork) -> None:
+        super().__init__(name, speaker)
+        self.hypernetwork = hypernetwork.eval()
+
+    def adapters(self) -> LoRA:
+        ids, mask = self.speaker.batch([token_ids(self.speaker.tokenizer, example.context) for example in self.examples])
+        return self.hypernetwork(self.speaker.backbone, ids, mask)
+
+
+class InContext(Method):
+    """The context in the prompt, before the first question."""
+
+    def first_question(self, asked: Asked, question: str) -> str:
+        return self.speaker.prompts.in_context.format(context=self.examples[asked.context].context, question=question)
 
 
 def _until(row: Sequence[int], stops: Sequence[int]) -> list[int]:

@@ -1,11 +1,11 @@
-"""Pictures of a run: how the loss fell, what the methods scored."""
+"""Pictures: how the loss of a run fell, what the methods scored, by length, by turn, and for how much time."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -13,11 +13,18 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from shine.evaluation.tables import TITLES
+from shine.evaluation.tables import TITLES, title_of
 from shine.training.monitor import METRICS_FILE
 
+if TYPE_CHECKING:
+    from shine.evaluation.report import Run
+
 COLORS = {"shine": "#d1495b", "in_context": "#30638e", "only_question": "#9aa5b1"}
+TUNED = "#edae49"
+DASHES = ("-", "--", ":", "-.")
 STAGE_COLORS = ("#30638e", "#edae49", "#d1495b")
 
 
@@ -72,8 +79,123 @@ def draw_report(path: Path, *, runs: Mapping[str, Path], scores: Sequence[tuple[
     bars = below.subplots(1, len(scores), squeeze=False)[0]
     for axes, (title, methods) in zip(bars, scores, strict=True):
         draw_scores(axes, methods, title=title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _save(figure, path)
+
+
+def draw_runs(runs: Sequence[Run], output: Path) -> list[tuple[str, Path]]:
+    """Every picture that the results of some runs have something for: title and file."""
+    answering = [run for run in runs if not run.recalls]
+    pictures = []
+    for name, title, key, label in (
+        ("by_length", "F1 by length of the context", "lengths", "tokens of the context, up to"),
+        ("by_turn", "F1 by turn", "turns", "turn of the conversation"),
+    ):
+        chosen = answering if key == "lengths" else [run for run in answering if run.summary["stage"] == "mqa"]
+        if panels := _panels(chosen, key):
+            pictures.append((title, _draw_grouped(panels, key, label, output / f"{name}.png")))
+    if timed := [(run, source) for run in answering for source in run.summary["sources"]]:
+        pictures.append(("Time against quality", _draw_time(timed, output / "time_quality.png")))
+    recalled = [(run, source) for run in runs if run.recalls for source in run.summary["sources"]]
+    if recalled:
+        pictures.append(("Perplexity by length of the text", _draw_recall(recalled, output / "perplexity_by_length.png")))
+    return pictures
+
+
+def _panels(runs: Sequence[Run], key: str) -> list[tuple[Run, str]]:
+    """Those with more than one group to draw a line through."""
+    places = [(run, source) for run in runs for source in run.summary["sources"]]
+    return [
+        (run, source) for run, source in places if any(len(m[key]) > 1 for m in run.summary["sources"][source]["methods"].values())
+    ]
+
+
+def _draw_grouped(panels: Sequence[tuple[Run, str]], key: str, label: str, path: Path) -> Path:
+    figure, grid = _grid(len(panels))
+    for axes, (run, source) in zip(grid, panels, strict=True):
+        for method, scores in run.summary["sources"][source]["methods"].items():
+            groups = {int(bound): found for bound, found in scores[key].items()}
+            bounds = sorted(groups)
+            low, high = zip(*(groups[bound]["f1_interval"] for bound in bounds), strict=True)
+            axes.fill_between(bounds, low, high, color=_color(method), alpha=0.15, linewidth=0)
+            axes.plot(bounds, [groups[b]["f1"] for b in bounds], _style(method), color=_color(method), label=title_of(method))
+        axes.set(xlabel=label, ylabel="F1, percent", title=f"{run.name}: {source}", ylim=(0, 103))
+        if key == "turns":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    grid[0].legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def _draw_recall(panels: Sequence[tuple[Run, str]], path: Path) -> Path:
+    figure, grid = _grid(2 * len(panels))
+    tasks = [(*panel, task) for panel in panels for task in ("reconstruct", "complete")]
+    for axes, (run, source, task) in zip(grid, tasks, strict=True):
+        for method, scores in run.summary["sources"][source]["methods"].items():
+            groups = {int(bound): found for bound, found in scores[task]["lengths"].items()}
+            bounds = sorted(groups)
+            low, high = ([groups[b][f"perplexity_{end}"] for b in bounds] for end in ("p10", "p90"))
+            axes.fill_between(bounds, low, high, color=_color(method), alpha=0.15, linewidth=0)
+            line = [groups[b]["perplexity"] for b in bounds]
+            axes.plot(bounds, line, _style(method), color=_color(method), label=title_of(method))
+        axes.set(xlabel="tokens of the text, up to", ylabel="perplexity (band: p10 to p90)", title=f"{run.name}: {source}, {task}")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(which="minor", labelsize=7)
+    grid[0].legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def _draw_time(panels: Sequence[tuple[Run, str]], path: Path) -> Path:
+    """F1 against the time that a context with all its questions takes; the sweep of fine-tuning is one line a count."""
+    figure, grid = _grid(len(panels))
+    for axes, (run, source) in zip(grid, panels, strict=True):
+        sweep: dict[str, list[tuple[float, float]]] = {}
+        for method, scores in run.summary["sources"][source]["methods"].items():
+            place = (scores["seconds"]["total"] / scores["contexts"], scores["f1"])
+            low, high = scores["intervals"]["f1"]
+            bars = [[place[1] - low], [high - place[1]]]
+            label = None if method.startswith("fine_tuning") else title_of(method)
+            axes.errorbar(*place, yerr=bars, fmt="o", color=_color(method), capsize=3, label=label)
+            if label is None:
+                sweep.setdefault(method.partition("x")[0].partition(":")[2], []).append(place)
+        for dash, (count, places) in zip(DASHES * len(sweep), sweep.items(), strict=False):
+            axes.plot(*zip(*sorted(places), strict=True), dash, color=TUNED, label=f"fine-tuned on {_learned(count)}, by epochs")
+        axes.set(
+            xlabel="seconds a context, with all its questions", ylabel="F1, percent", title=f"{run.name}: {source}", ylim=(0, 103)
+        )
+        axes.set_xscale("log")
+        times = [scores["seconds"]["total"] / scores["contexts"] for scores in run.summary["sources"][source]["methods"].values()]
+        axes.set_xlim(min(times) / 3, max(times) * 3)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.legend(frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def _learned(count: str) -> str:
+    return "the text alone" if count == "0" else f"the text and {count} conversations"
+
+
+def _grid(count: int) -> tuple[Figure, list[Axes]]:
+    columns = min(count, 2)
+    rows = -(-count // columns)
+    figure = plt.figure(figsize=(5.2 * columns, 3.6 * rows), constrained_layout=True)
+    return figure, [figure.add_subplot(rows, columns, n + 1) for n in range(count)]
+
+
+def _color(method: str) -> str:
+    return COLORS.get(method, TUNED)
+
+
+def _style(method: str) -> str:
+    # Fine-tuning has several lines of one color.
+    return "o-" if method in COLORS else "o" + DASHES[sum(method.encode()) % len(DASHES)]
+
+
+def _save(figure: Figure, path: Path) -> Path:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+    return path

@@ -4,34 +4,49 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Literal
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from shine.chat import token_starts
-from shine.config import EvaluationConfig
-from shine.data.batching import chunks
+from shine.chat import token_ids, token_starts
+from shine.config import ScoringConfig
 from shine.data.examples import Example
 from shine.data.tally import Tally, answerable
 from shine.evaluation.methods import Answer, Asked, Method
-from shine.metrics import exact_match, f1
+from shine.metrics import exact_match, f1, hotpot_f1, rouge
+
+F1_RULES = {"hotpotqa": hotpot_f1, "2wiki": hotpot_f1}
+"""Kinds of source whose official script scores F1 otherwise than SQuAD's."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer and its scores (0 to 1); ``turn`` is the question's place in its context, ``cut`` as in `Answer`."""
+    """One answer and its scores (0 to 1).
+
+    Attributes:
+        id, turn: the context, and the question's place in it.
+        context_tokens: length of the context.
+        cut: as in `Answer`.
+    """
 
     source: str
+    method: str
     id: str
     turn: int
     kind: str
-    method: str
     question: str
     answers: tuple[str, ...]
     prediction: str
     cut: bool
+    context_tokens: int
     em: float
     f1: float
+    rouge_1: float
+    rouge_2: float
+    rouge_l: float
 
 
 @dataclass
@@ -40,6 +55,15 @@ class Clock:
 
     encode: float = 0.0
     answer: float = 0.0
+
+    @contextmanager
+    def measure(self, what: Literal["encode", "answer"]) -> Iterator[None]:
+        """Add the time of the block, until a GPU has done what it was given in it."""
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        setattr(self, what, getattr(self, what) + time.perf_counter() - started)
 
 
 def usable_examples(
@@ -50,11 +74,18 @@ def usable_examples(
     With ``questions``, those without any are skipped too.
 
     The cut is of the text itself, so that every method reads the same.
+
+    Raises:
+        ValueError: two examples have one id, by which their predictions could not be told apart.
     """
+    seen: set[str] = set()
     for example in answerable(examples, tally) if questions else examples:
         if not example.context.strip():
             tally.skip("empty context", example.id)
             continue
+        if example.id in seen:
+            raise ValueError(f"two examples have the id {example.id!r}: give each an id of its own")
+        seen.add(example.id)
         starts = token_starts(tokenizer, example.context)
         tally.samples += 1
         if len(starts) > context_length:
@@ -65,49 +96,59 @@ def usable_examples(
 
 
 def predict(
-    method: Method, source: str, examples: Sequence[Example], config: EvaluationConfig, *, conversations: bool, clock: Clock
-) -> Iterator[Prediction]:
-    """Answer every question of every example; each context is read once.
+    method: Method,
+    source: str,
+    group: Sequence[Example],
+    config: ScoringConfig,
+    *,
+    kind: str,
+    conversations: bool,
+    clock: Clock,
+) -> list[Prediction]:
+    """Answer every question about some contexts, which are read once, in one batch.
 
     Args:
+        kind: of the source; it says which rule scores F1.
         conversations: earlier turns are part of the prompt, with the method's own answers or the gold ones; otherwise each
             question stands alone.
     """
-    for group in chunks(examples, config.batch_size):
-        started = time.perf_counter()
-        method.prepare([example.context for example in group])
-        clock.encode += time.perf_counter() - started
-        started = time.perf_counter()
+    with clock.measure("encode"):
+        method.prepare(group)
+    with clock.measure("answer"):
         answers = _converse(method, group, config) if conversations else _answer_each(method, group, config)
-        clock.answer += time.perf_counter() - started
-        for index, example in enumerate(group):
-            for number, turn in enumerate(example.turns):
-                text, cut = answers[index, number].text, answers[index, number].cut
-                yield Prediction(
-                    source,
-                    example.id,
-                    number,
-                    turn.kind,
-                    method.name,
-                    turn.question,
-                    turn.answers,
-                    text,
-                    cut,
-                    exact_match(text, turn.answers),
-                    f1(text, turn.answers),
-                )
+    lengths = [len(token_ids(method.speaker.tokenizer, example.context)) for example in group]
+    f1_rule = F1_RULES.get(kind, f1)
+    rows = []
+    for (index, number), answer in sorted(answers.items()):
+        example, turn, text = group[index], group[index].turns[number], answer.text
+        rows.append(
+            Prediction(
+                source,
+                method.name,
+                example.id,
+                number,
+                turn.kind,
+                turn.question,
+                turn.answers,
+                text,
+                answer.cut,
+                lengths[index],
+                exact_match(text, turn.answers),
+                f1_rule(text, turn.answers),
+                **rouge(text, turn.answers),
+            )
+        )
+    return rows
 
 
-def _answer_each(method: Method, group: Sequence[Example], config: EvaluationConfig) -> dict[tuple[int, int], Answer]:
+def _answer_each(method: Method, group: Sequence[Example], config: ScoringConfig) -> dict[tuple[int, int], Answer]:
     places = [(index, number) for index, example in enumerate(group) for number in range(len(example.turns))]
-    answers: dict[tuple[int, int], Answer] = {}
-    for batch in chunks(places, config.batch_size):
-        asked = [Asked(index, group[index].turns[number].question) for index, number in batch]
-        answers |= zip(batch, method.answer(asked, max_new_tokens=config.max_new_tokens), strict=True)
-    return answers
+    asked = [Asked(index, group[index].turns[number].question, turn=number) for index, number in places]
+    answers = method.answer(asked, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
+    return dict(zip(places, answers, strict=True))
 
 
-def _converse(method: Method, group: Sequence[Example], config: EvaluationConfig) -> dict[tuple[int, int], Answer]:
+def _converse(method: Method, group: Sequence[Example], config: ScoringConfig) -> dict[tuple[int, int], Answer]:
     answers: dict[tuple[int, int], Answer] = {}
     for number in range(max(len(example.turns) for example in group)):
         places = [(index, number) for index, example in enumerate(group) if number < len(example.turns)]
@@ -116,17 +157,7 @@ def _converse(method: Method, group: Sequence[Example], config: EvaluationConfig
             turns = group[index].turns
             said = [answers[index, n].text if config.history == "own" else turns[n].answer for n in range(number)]
             history = tuple((turn.question, text) for turn, text in zip(turns, said, strict=False))
-            asked.append(Asked(index, turns[number].question, history))
-        answers |= zip(places, method.answer(asked, max_new_tokens=config.max_new_tokens), strict=True)
+            asked.append(Asked(index, turns[number].question, history, number))
+        said_now = method.answer(asked, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
+        answers |= zip(places, said_now, strict=True)
     return answers
-
-
-def summarise(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """EM and F1 in percent, how many questions they are of, and how many answers were cut at ``max_new_tokens``."""
-    count = len(predictions)
-    return {
-        "em": 100 * sum(p.em for p in predictions) / count,
-        "f1": 100 * sum(p.f1 for p in predictions) / count,
-        "questions": count,
-        "cut": sum(p.cut for p in predictions),
-    }

@@ -2,74 +2,79 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import torch
 
-from shine.backbone import Backbone
-from shine.chat import token_counter
-from shine.checkpoint import check_backbone, effective_config, find_checkpoint, introduce, load_hypernetwork, output_folder
-from shine.config import EvaluationConfig, MethodName, StageName
+from shine.chat import token_counter, token_ids
+from shine.checkpoint import (
+    check_backbone,
+    effective_config,
+    find_checkpoint,
+    introduce,
+    load_hypernetwork,
+    output_folder,
+    read_weights,
+)
+from shine.config import EvaluationConfig, MethodName
+from shine.data.batching import chunks
 from shine.data.examples import Example
 from shine.data.sources import look_into, read_named
 from shine.data.tally import Tally
-from shine.evaluation import pretraining, qa
-from shine.evaluation.methods import Method
+from shine.evaluation import pretraining, qa, scores
+from shine.evaluation.fine_tuning import FineTuned, Lessons
+from shine.evaluation.methods import InContext, Method, Shine, Speaker
+from shine.evaluation.results import PREDICTIONS_FILE, SUMMARY_FILE, Key, ResultFolder, Row, Unit
 from shine.evaluation.tables import answer_table, recall_table, show
 from shine.fingerprint import fingerprint
+from shine.training.distributed import Ranks, join_ranks
+from shine.training.provenance import versions
 from shine.zoo import load_backbone
 
-PREDICTIONS_FILE, SUMMARY_FILE = "predictions.jsonl", "summary.json"
+SAY_EVERY = 30.0
+"""Seconds between two lines about how far it is."""
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """One source as it is asked about: its examples in their own order, and what was cut or skipped."""
+
+    kind: str
+    examples: tuple[Example, ...]
+    tally: str
+
+    def batches(self, size: int, length: Callable[[Example], int]) -> list[Sequence[Example]]:
+        """Contexts of one length together, so that little is padded."""
+        return chunks(sorted(self.examples, key=lambda example: (length(example), example.id)), size)
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     """Score every method on every test source the way the stage asks for, and return the summary that was written.
 
-    Stage ``pretrain`` gives texts back, ``mqa`` holds conversations, ``1qa`` asks single questions.
+    Stage ``pretrain`` gives texts back, ``mqa`` holds conversations, ``1qa`` asks single questions. An evaluation that was killed
+    goes on where it stopped; under ``torchrun`` the ranks share the work.
 
     Raises:
         ValueError: SHINE is to be scored and there is no checkpoint, a source is missing or has nothing to ask.
     """
-    stage = config.stage.name
-    output = output_folder(config.output)
-    look_into(config.data.test, "data.test")
-    config = with_checkpoint(config)
-    output.mkdir(parents=True, exist_ok=True)
-    methods = load_methods(config)
-    if (output / SUMMARY_FILE).exists():
-        print(f"replaces the evaluation in {output}", flush=True)
-        # Before anything else: a run that fails leaves no old summary beside new predictions.
-        (output / SUMMARY_FILE).unlink()
-    summary: dict[str, Any] = {"stage": stage, "config": asdict(config), "sources": {}}
-    with (output / PREDICTIONS_FILE).open("w", encoding="utf-8") as lines:
-        for name, source in config.data.test.items():
-            tally = Tally()
-            examples = list(
-                qa.usable_examples(
-                    read_named({name: source}, "data.test", tokens=token_counter(methods[0].tokenizer), tally=tally),
-                    methods[0].tokenizer,
-                    context_length=config.stage.context_length,
-                    questions=stage != "pretrain",
-                    tally=tally,
-                )
-            )
-            if not examples:
-                wanted = "texts" if stage == "pretrain" else "questions"
-                raise ValueError(f"data.test.{name}: nothing to ask ({tally}); give a source that holds {wanted}")
-            print(f"{name}: {tally}", flush=True)
-            scored = {m.name: _score(m, name, examples, config, stage=stage, write=_writer(lines.write)) for m in methods}
-            summary["sources"][name] = {"tally": str(tally), "methods": scored}
-    (output / SUMMARY_FILE).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    show(recall_table(summary) if stage == "pretrain" else answer_table(summary))
-    print(f"every prediction: {output / PREDICTIONS_FILE}\nsummary: {output / SUMMARY_FILE}", flush=True)
-    return summary
+    with join_ranks(config.backbone.device) as ranks:
+        say: Callable[[str], None] = (lambda text: print(text, flush=True)) if ranks.first else (lambda text: None)
+        output = output_folder(config.output)
+        look_into(config.data.test, "data.test")
+        config = with_checkpoint(config, say=say)
+        with ranks.one_by_one():
+            methods = load_methods(config)
+        sets = read_sets(config, methods[0].speaker, say=say)
+        return _Evaluation(config, methods, sets, ResultFolder(output, *_plan(config, methods, sets)), ranks, say).run()
 
 
-def with_checkpoint(config: EvaluationConfig) -> EvaluationConfig:
+def with_checkpoint(config: EvaluationConfig, *, say: Callable[[str], None]) -> EvaluationConfig:
     """The configuration with the directory that its checkpoint means and the hypernetwork that lies there, both said."""
     if "shine" not in config.methods:
         return config
@@ -77,50 +82,163 @@ def with_checkpoint(config: EvaluationConfig) -> EvaluationConfig:
         raise ValueError("checkpoint: missing; set checkpoint=<directory>, or leave SHINE out: methods=[in_context,only_question]")
     directory = find_checkpoint(config.checkpoint)
     for line in introduce(directory, config.hypernetwork):
-        print(line, flush=True)
+        say(line)
     return replace(config, checkpoint=str(directory), hypernetwork=effective_config(directory, config.hypernetwork))
 
 
 def load_methods(config: EvaluationConfig) -> list[Method]:
     """The methods of an evaluation (see `with_checkpoint`), sharing one backbone."""
     backbone, tokenizer = load_backbone(config.backbone, targets=config.hypernetwork.targets)
-    return [_method(name, config, backbone, tokenizer) for name in config.methods]
+    speaker = Speaker(backbone, tokenizer, config.prompts, config.backbone.baseline_prefix)
+    return [method for name in config.methods for method in _methods(name, config, speaker)]
 
 
-def _method(name: MethodName, config: EvaluationConfig, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> Method:
-    if name != "shine":
-        return Method(name, backbone, tokenizer, config.prompts, assistant_prefix=config.backbone.baseline_prefix)
-    assert config.checkpoint is not None
-    hypernetwork = load_hypernetwork(config.checkpoint, backbone, config=config.hypernetwork)
-    check_backbone(config.checkpoint, config=config.backbone, found=fingerprint(backbone.model, tokenizer))
-    return Method(name, backbone, tokenizer, config.prompts, hypernetwork=hypernetwork.eval())
-
-
-def _score(
-    method: Method,
-    source: str,
-    examples: list[Example],
-    config: EvaluationConfig,
-    *,
-    stage: StageName,
-    write: Callable[[Mapping[str, Any]], None],
-) -> dict[str, Any]:
-    clock = qa.Clock()
-    started = time.perf_counter()
-    results: list[Any] = []
-    predictions: Iterator[Any]
-    if stage == "pretrain":
-        predictions = pretraining.recall(method, source, examples, config, clock=clock)
+def _methods(name: MethodName, config: EvaluationConfig, speaker: Speaker) -> Iterator[Method]:
+    if name == "shine":
+        assert config.checkpoint is not None
+        hypernetwork = load_hypernetwork(config.checkpoint, speaker.backbone, config=config.hypernetwork)
+        check_backbone(config.checkpoint, config=config.backbone, found=fingerprint(speaker.backbone.model, speaker.tokenizer))
+        yield Shine(name, speaker, hypernetwork)
+    elif name == "in_context":
+        yield InContext(name, speaker)
+    elif name == "only_question":
+        yield Method(name, speaker)
     else:
-        predictions = qa.predict(method, source, examples, config, conversations=stage == "mqa", clock=clock)
-    before = method.encoded
-    for result in predictions:
-        write(asdict(result))
-        results.append(result)
-    scores = pretraining.summarise(results) if stage == "pretrain" else qa.summarise(results)
-    seconds = {"total": time.perf_counter() - started, "encode": clock.encode, "answer": clock.answer}
-    return {**scores, "contexts_encoded": method.encoded - before, "seconds": {k: round(v, 3) for k, v in seconds.items()}}
+        tuning = config.fine_tuning
+        lessons = Lessons() if tuning.source is None else Lessons.read(read_named({"source": tuning.source}, "fine_tuning"))
+        for count, epochs in product(tuning.conversations, tuning.epochs):
+            label = f"{name}:{count}x{epochs}"
+            yield FineTuned(label, speaker, tuning, count=count, epochs=epochs, lessons=lessons)
 
 
-def _writer(write: Callable[[str], Any]) -> Callable[[Mapping[str, Any]], None]:
-    return lambda row: write(json.dumps(row, ensure_ascii=False) + "\n")
+def read_sets(config: EvaluationConfig, speaker: Speaker, *, say: Callable[[str], None]) -> dict[str, TestSet]:
+    """Every test source, cut to the context length."""
+    sets: dict[str, TestSet] = {}
+    asks = config.stage.name != "pretrain"
+    for name, source in config.data.test.items():
+        tally = Tally()
+        found = read_named({name: source}, "data.test", tokens=token_counter(speaker.tokenizer), tally=tally)
+        try:
+            examples = tuple(
+                qa.usable_examples(
+                    found, speaker.tokenizer, context_length=config.stage.context_length, questions=asks, tally=tally
+                )
+            )
+        except ValueError as error:
+            raise ValueError(str(error) if str(error).startswith("data.test") else f"data.test.{name}: {error}") from None
+        if not examples:
+            wanted = "questions" if asks else "texts"
+            raise ValueError(f"data.test.{name}: nothing to ask ({tally}); give a source that holds {wanted}")
+        say(f"{name}: {tally}")
+        sets[name] = TestSet(source.kind, examples, str(tally))
+    return sets
+
+
+def _plan(
+    config: EvaluationConfig, methods: Sequence[Method], sets: Mapping[str, TestSet]
+) -> tuple[list[Unit], list[Key], dict[str, Any]]:
+    """The units of work, the order of all predictions, and what these follow from."""
+    tokenizer = methods[0].speaker.tokenizer
+    tasks = pretraining.TASKS if config.stage.name == "pretrain" else ("",)
+    units: list[Unit] = []
+    order: list[Key] = []
+    digest = hashlib.sha256()
+    for source, found in sets.items():
+        lengths = {example.id: len(token_ids(tokenizer, example.context)) for example in found.examples}
+        batches = found.batches(config.batch_size, lambda example, lengths=lengths: lengths[example.id])  # type: ignore[misc]
+        for method, task in product(methods, tasks):
+            units += [Unit(len(units) + n, source, method.name, tuple(batch), task) for n, batch in enumerate(batches)]
+            order += Unit(0, source, method.name, found.examples, task).predictions()
+        digest.update(repr((source, found)).encode("utf-8", "surrogatepass"))
+    weights = hashlib.sha256()
+    if config.checkpoint is not None and "shine" in config.methods:
+        for name, tensor in sorted(read_weights(config.checkpoint).items()):
+            weights.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    values = asdict(config)
+    for key in ("output", "checkpoint", "data", "resume"):
+        values.pop(key)
+    model = str(fingerprint(methods[0].speaker.backbone.model, tokenizer))
+    plan = {"config": values, "examples": digest.hexdigest()[:16], "weights": weights.hexdigest()[:16], "backbone": model}
+    return units, order, plan
+
+
+class _Evaluation:
+    """One evaluation on one rank."""
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        methods: Sequence[Method],
+        sets: Mapping[str, TestSet],
+        folder: ResultFolder,
+        ranks: Ranks,
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.sets, self.folder, self.ranks, self.say = config, sets, folder, ranks, say
+        self.methods = {method.name: method for method in methods}
+
+    def run(self) -> dict[str, Any]:
+        """Compute what is missing, a share on each rank, and let the first rank sum it up."""
+        done, note = self.ranks.gather(self.folder.open(resume=self.config.resume) if self.ranks.first else (set(), ""))[0]
+        if note:
+            self.say(note)
+        todo = [unit for unit in self.folder.units if unit.number not in done]
+        device = next(iter(self.methods.values())).speaker.backbone.device
+        said = time.perf_counter()
+        for start in range(0, len(todo), self.ranks.size):
+            if start + self.ranks.rank < len(todo):
+                self._compute(todo[start + self.ranks.rank])
+            # In step, so that no rank waits at the end for longer than ranks may wait for each other.
+            self.ranks.any(0, device=device)
+            if time.perf_counter() - said > SAY_EVERY:
+                said = time.perf_counter()
+                self.say(f"{min(start + self.ranks.size, len(todo))} of {len(todo)} batches")
+        return self.ranks.gather(self._finish() if self.ranks.first else None)[0] or {}
+
+    def _compute(self, unit: Unit) -> None:
+        method, config, clock = self.methods[unit.method], self.config, qa.Clock()
+        before = method.encoded
+        rows: Sequence[pretraining.Recall | qa.Prediction]
+        if unit.task:
+            rows = pretraining.recall(method, unit.source, unit.examples, config, task=unit.task, clock=clock)
+        else:
+            kind, talk = self.sets[unit.source].kind, config.stage.name == "mqa"
+            rows = qa.predict(method, unit.source, unit.examples, config, kind=kind, conversations=talk, clock=clock)
+        timing = {
+            "encode": clock.encode,
+            "answer": clock.answer,
+            "encoded": method.encoded - before,
+            "asked": len(rows),
+            "adapter_bytes": method.adapter_bytes,
+        }
+        self.folder.append(self.ranks.rank, unit, [asdict(row) for row in rows], timing)
+
+    def _finish(self) -> dict[str, Any]:
+        rows, output, config = self.folder.close(), self.folder.folder, self.config
+        summary = {
+            "stage": config.stage.name,
+            "config": asdict(config),
+            "backbone": self.folder.plan["backbone"],
+            "versions": versions(),
+            "sources": {name: self._summarise(name, found, rows) for name, found in self.sets.items()},
+        }
+        beside = output / f".{SUMMARY_FILE}.partial"
+        beside.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        beside.replace(output / SUMMARY_FILE)
+        show(recall_table(summary) if config.stage.name == "pretrain" else answer_table(summary))
+        print(f"every prediction: {output / PREDICTIONS_FILE}\nsummary: {output / SUMMARY_FILE}", flush=True)
+        return summary
+
+    def _summarise(self, source: str, found: TestSet, rows: Sequence[Row]) -> dict[str, Any]:
+        bounds = sorted({*self.config.lengths, self.config.stage.context_length})
+        recalled = self.config.stage.name == "pretrain"
+        summarise = scores.summarise_recall if recalled else scores.summarise_answers
+        timings = [row for row in self.folder.timings() if row["source"] == source]
+        methods: dict[str, Any] = {}
+        mine: dict[str, list[Row]] = {}
+        for name in self.methods:
+            mine[name] = [row for row in rows if (row["source"], row["method"]) == (source, name)]
+            result = summarise(mine[name], bounds=bounds)
+            methods[name] = {**result, **scores.summarise_times([row for row in timings if row["method"] == name], result)}
+        compared = {} if recalled else scores.compare_methods(mine, methods)
+        return {"kind": found.kind, "tally": found.tally, "methods": methods, **compared}

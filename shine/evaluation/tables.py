@@ -12,18 +12,33 @@ from rich.table import Table
 TITLES = {"shine": "SHINE", "in_context": "In-Context", "only_question": "Only Question"}
 
 
+def title_of(method: str) -> str:
+    """A method's name as a reader knows it."""
+    kind, _, sweep = method.partition(":")
+    if kind != "fine_tuning":
+        return TITLES[method]
+    count, _, epochs = sweep.partition("x")
+    return f"Fine-tuned, {'text' if count == '0' else f'{count} conv.'} × {epochs}"
+
+
 def answer_table(summary: Mapping[str, Any]) -> Table:
-    """EM and F1 of every method on every source; ``cut`` counts answers that had not ended after ``max_new_tokens``."""
+    """Scores of every method on every source with half the width of their 95 % interval.
+
+    ``right`` and ``wrong`` are the shares of answers with F1 1 and 0; ``cut`` counts answers that had not ended after
+    ``max_new_tokens``.
+    """
     stage = "conversations" if summary["stage"] == "mqa" else "single questions"
-    table = _table(f"Answers to {stage}, percent", ["EM", "F1", "questions", "cut", "encode s", "answer s"])
+    columns = ["EM", "F1", "ROUGE-L", "right", "wrong", "questions", "cut", "encode s", "answer s"]
+    table = _table(f"Answers to {stage}, percent, ± half the 95 % interval", columns)
     for source, found in summary["sources"].items():
         for method, scores in found["methods"].items():
             seconds = scores["seconds"]
             table.add_row(
                 source,
-                TITLES[method],
-                f"{scores['em']:.1f}",
-                f"{scores['f1']:.1f}",
+                title_of(method),
+                *(with_interval(scores, name) for name in ("em", "f1", "rouge_l")),
+                f"{scores['right']:.1f}",
+                f"{scores['wrong']:.1f}",
                 f"{scores['questions']:,}",
                 f"{scores['cut']:,}",
                 f"{seconds['encode']:.1f}",
@@ -31,6 +46,12 @@ def answer_table(summary: Mapping[str, Any]) -> Table:
             )
         table.add_section()
     return table
+
+
+def with_interval(scores: Mapping[str, Any], name: str) -> str:
+    """A score and half the width of its interval."""
+    low, high = scores["intervals"][name]
+    return f"{scores[name]:.1f} ±{(high - low) / 2:.1f}"
 
 
 def recall_table(summary: Mapping[str, Any]) -> Table:
@@ -42,8 +63,20 @@ def recall_table(summary: Mapping[str, Any]) -> Table:
                 rows = {"all": scores[task], **scores[task]["lengths"]}
                 for bound, row in rows.items() if len(rows) > 2 else [("all", scores[task])]:
                     figures = (f"{row[key]:.1f}" for key in ("exact_prefix", "em", "f1"))
-                    table.add_row(source, TITLES[method], task, bound, f"{row['texts']:,}", f"{row['perplexity']:.2f}", *figures)
+                    table.add_row(source, title_of(method), task, bound, f"{row['texts']:,}", f"{row['perplexity']:.2f}", *figures)
         table.add_section()
+    return table
+
+
+def judge_table(summary: Mapping[str, Any]) -> Table:
+    """What a judge says of every method on every source."""
+    table = _table(f"Judged correct by {summary['judge']}, percent", ["correct", "95 %", "judged", "failed calls"])
+    for source, methods in summary["sources"].items():
+        for method, found in methods.items():
+            share = ("", "")
+            if found["judged"]:
+                share = (f"{found['correct']:.1f}", "{:.1f} to {:.1f}".format(*found["interval"]))
+            table.add_row(source, title_of(method), *share, f"{found['judged']:,}", f"{found['failed']:,}")
     return table
 
 

@@ -36,6 +36,8 @@ FREE = (
     "data.train.*.path",
     "data.validation*",
     "data.test*",
+    "evaluate_at_end",
+    "scoring*",
 )
 """Keys that may differ when a run is resumed: they leave the result alone (the size of a micro-batch up to rounding), or something
 else stands for them, as the fingerprint of the samples does for where they lie."""

@@ -1,0 +1,38 @@
+"""``shine converse``: contexts and questions from a file, three methods side by side."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from shine.cli.commands import Commands, add_command
+
+
+def add(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add ``shine converse``."""
+    parser = add_command(
+        commands,
+        "converse",
+        help="ask three methods the questions of a file, side by side",
+        description=(
+            "SHINE (the context as a LoRA), In-Context (the context in the prompt) and Only Question answer the questions of each\n"
+            "context in turn. The file has one JSON object a line:\n"
+            '{"context": "…", "turns": [{"question": "…", "answers": ["…"]}]}'
+        ),
+        examples="""
+shine converse outputs/mqa examples/conversations.jsonl
+shine converse cpu-world examples/conversations_cpu_world.jsonl
+""",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, a checkpoint in it, or cpu-world")
+    parser.add_argument("file", metavar="FILE", help="contexts with their questions")
+    parser.add_argument("--backbone", help="where its backbone lies, if not where the checkpoint says")
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="of an answer (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="also write the answers there, JSON lines")
+    parser.set_defaults(run=_converse)
+
+
+def _converse(args: argparse.Namespace) -> None:
+    from shine.evaluation.side_by_side import converse_file
+
+    converse_file(args.checkpoint, args.file, backbone=args.backbone, max_new_tokens=args.max_new_tokens, output=args.output)

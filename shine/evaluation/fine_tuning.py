@@ -1,0 +1,130 @@
+"""The slow way to put a context into weights: an ordinary LoRA, trained on each context by itself."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shine.chat import Message, encode_conversation
+from shine.config import FineTuningConfig
+from shine.data.batching import chunks, collate
+from shine.data.examples import Example, Turn
+from shine.data.samples import Sample
+from shine.evaluation.methods import Asked, Method, Speaker
+from shine.lora import LoRA
+
+FOLDS = 2
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Which conversations may be learned for a context.
+
+    Attributes:
+        of: conversations by context text, from a source of their own; ``None`` takes the context's other questions.
+    """
+
+    of: dict[str, list[tuple[Turn, ...]]] | None = field(default=None)
+
+    @staticmethod
+    def read(examples: Iterable[Example]) -> Lessons:
+        """The conversations of a source, by context."""
+        found: dict[str, list[tuple[Turn, ...]]] = defaultdict(list)
+        for example in examples:
+            if turns := tuple(turn for turn in example.turns if turn.answers):
+                found[example.context.strip()].append(turns)
+        return Lessons(dict(found))
+
+    def conversations(self, example: Example, fold: int) -> list[tuple[Turn, ...]]:
+        """Those that the LoRA of ``fold`` may learn: never one with a question that this LoRA is to answer.
+
+        Raises:
+            ValueError: the source has none about this context.
+        """
+        if self.of is None:
+            return [(turn,) for number, turn in enumerate(example.turns) if number % FOLDS != fold]
+        if (found := self.of.get(example.context.strip())) is None:
+            raise ValueError(
+                f"fine_tuning.source holds no conversation about context {example.id}: it must be about the very contexts that are "
+                "scored (contexts cut to stage.context_length are matched as cut), or set fine_tuning.source=null"
+            )
+        return found
+
+    @property
+    def folds(self) -> int:
+        """How many LoRAs a context needs."""
+        return FOLDS if self.of is None else 1
+
+
+class FineTuned(Method):
+    """A LoRA trained on the context and on ``count`` conversations about it; then the question alone, as SHINE is asked."""
+
+    plain = True
+
+    def __init__(self, name: str, speaker: Speaker, config: FineTuningConfig, *, count: int, epochs: int, lessons: Lessons) -> None:
+        super().__init__(name, speaker)
+        self.config, self.count, self.epochs, self.lessons = config, count, epochs, lessons
+
+    def place(self, asked: Asked) -> int:
+        folds = self.lessons.folds
+        return asked.context * folds + asked.turn % folds
+
+    def task_question(self, token: str, words: str) -> str:
+        return words
+
+    def adapters(self) -> LoRA:
+        loras = [self._train(example, fold) for example in self.examples for fold in range(self.lessons.folds)]
+        return LoRA.stack(loras)
+
+    def samples(self, example: Example, fold: int) -> list[Sample]:
+        """What one LoRA learns: the context given back, then the conversations."""
+        learned: list[tuple[Turn, ...]] = [(Turn(self.speaker.prompts.repeat, (example.context,)),)]
+        learned += self.lessons.conversations(example, fold)[: self.count]
+        samples = []
+        for turns in learned:
+            messages = [m for turn in turns for m in (Message("user", turn.question), Message("assistant", turn.answer))]
+            encoded = encode_conversation(self.speaker.tokenizer, messages)
+            samples.append(Sample(example.id, [0], encoded.input_ids, encoded.labels))
+        return samples
+
+    def _train(self, example: Example, fold: int) -> LoRA:
+        seed = int.from_bytes(hashlib.sha256(f"{example.id} {fold}".encode()).digest()[:7])
+        lora = _start(self.speaker, self.config, seed)
+        samples, order = self.samples(example, fold), random.Random(seed)
+        parameters = list(itertools.chain.from_iterable(lora.values()))
+        optimizer = torch.optim.AdamW(parameters, lr=self.config.learning_rate, weight_decay=0.0)
+        scale = self.config.alpha / self.config.rank
+        with torch.enable_grad():
+            for _ in range(self.epochs):
+                for group in chunks(order.sample(samples, len(samples)), self.config.batch_size):
+                    optimizer.zero_grad()
+                    self._loss(lora.scale(scale), group).backward()
+                    optimizer.step()
+        return LoRA({path: (a.detach(), b.detach() * scale) for path, (a, b) in lora.items()})
+
+    def _loss(self, lora: LoRA, samples: Sequence[Sample]) -> Tensor:
+        speaker = self.speaker
+        batch = collate(samples, pad_id=speaker.tokenizer.pad_token_id).to(speaker.backbone.device)
+        logits = speaker.backbone.label_logits(batch.input_ids, batch.input_mask, label_positions=batch.label_positions, lora=lora)
+        return F.cross_entropy(logits, batch.label_ids)
+
+
+def _start(speaker: Speaker, config: FineTuningConfig, seed: int) -> LoRA:
+    """A LoRA that changes nothing yet: A uniform as a linear's weight starts, B zero, both float32 and trained."""
+    generator = torch.Generator().manual_seed(seed)
+    device, weights = speaker.backbone.device, {}
+    for shape in itertools.chain.from_iterable(speaker.backbone.linear_shapes):
+        bound = 1 / math.sqrt(shape.in_features)
+        a = torch.empty(1, shape.in_features, config.rank).uniform_(-bound, bound, generator=generator)
+        b = torch.zeros(1, config.rank, shape.out_features)
+        weights[shape.path] = (nn.Parameter(a.to(device)), nn.Parameter(b.to(device)))
+    return LoRA(weights)

@@ -1,0 +1,223 @@
+"""Result folders to one page: Markdown tables, plots, and the same figures as JSON. Only folders are read, never a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from shine.evaluation import plots
+from shine.evaluation.results import PREDICTIONS_FILE, SUMMARY_FILE, Row, read_jsonl
+from shine.evaluation.scores import totals
+from shine.evaluation.statistics import Estimate, difference
+from shine.evaluation.tables import title_of, with_interval
+
+REPORT_FILE, FIGURES_FILE = "report.md", "report.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished evaluation.
+
+    Attributes:
+        name: what tells it from the other folders of the report.
+        judges: what `shine.evaluation.judge` wrote there.
+    """
+
+    name: str
+    summary: Mapping[str, Any]
+    rows: Sequence[Row]
+    judges: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def recalls(self) -> bool:
+        """Whether texts were given back, rather than questions answered."""
+        return bool(self.summary["stage"] == "pretrain")
+
+    def of(self, source: str, method: str) -> list[Row]:
+        """The predictions of one method on one source."""
+        return [row for row in self.rows if (row["source"], row["method"]) == (source, method)]
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The evaluations in some folders, each under the shortest end of its path that no other has.
+
+    Raises:
+        ValueError: a folder holds no finished evaluation, or is named twice.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError("a folder is named twice: name each once")
+    runs = []
+    for folder, name in zip(folders, _short_names(folders), strict=True):
+        if not (folder / SUMMARY_FILE).exists():
+            raise ValueError(f"{folder}: no {SUMMARY_FILE}; name the output folder of an evaluation that has ended")
+        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        judges = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("judge-*.json"))]
+        runs.append(Run(name, summary, read_jsonl(folder / PREDICTIONS_FILE), judges))
+    return runs
+
+
+def write_report(folders: Sequence[Path], output: Path) -> Path:
+    """Write ``report.md``, its plots and ``report.json`` into ``output``, and return the page."""
+    runs = read_runs(folders)
+    output.mkdir(parents=True, exist_ok=True)
+    compared = compare(runs)
+    pictures = plots.draw_runs(runs, output)
+    page = output / REPORT_FILE
+    page.write_text("\n".join(_page(runs, compared, pictures)) + "\n", encoding="utf-8")
+    figures = {
+        "runs": {run.name: {**run.summary, "judges": list(run.judges)} for run in runs},
+        "comparisons": [{**row, "difference": row["difference"].plain()} for row in compared],
+    }
+    (output / FIGURES_FILE).write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return page
+
+
+def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """How much each run is ahead of each named before it, method by method, on the contexts that both looked at."""
+    found = []
+    for first, second in combinations(runs, 2):
+        if first.summary["stage"] != second.summary["stage"] or first.recalls:
+            continue
+        for source in first.summary["sources"]:
+            theirs = second.summary["sources"].get(source, {"methods": {}})["methods"]
+            for method in first.summary["sources"][source]["methods"]:
+                if method not in theirs or not _shared(first, second, source, method):
+                    continue
+                for score in ("em", "f1", "rouge_l"):
+                    gap = difference(totals(second.of(source, method), score), totals(first.of(source, method), score))
+                    names = {"from": first.name, "to": second.name, "source": source, "method": method, "score": score}
+                    found.append({**names, "difference": gap, "contexts": _shared(first, second, source, method)})
+    return found
+
+
+def _shared(first: Run, second: Run, source: str, method: str) -> int:
+    return len({row["id"] for row in first.of(source, method)} & {row["id"] for row in second.of(source, method)})
+
+
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    for depth in range(1, 20):
+        names = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _page(runs: Sequence[Run], compared: Sequence[Mapping[str, Any]], pictures: Sequence[tuple[str, Path]]) -> Iterator[str]:
+    yield "# Evaluation"
+    yield ""
+    for run in runs:
+        made, config = run.summary["versions"], run.summary["config"]
+        of = f", hypernetwork `{config['checkpoint']}`" if config["checkpoint"] else ""
+        asked = {"pretrain": "texts given back", "mqa": "conversations", "1qa": "single questions"}[run.summary["stage"]]
+        yield f"- **{run.name}**: {asked}, backbone `{config['backbone']['path']}`{of}, code {made['revision'] or made['shine']}"
+    yield ""
+    yield "± is half the width of the 95 % interval: percentile bootstrap over contexts, 4,000 resamples."
+    answering, recalling = [run for run in runs if not run.recalls], [run for run in runs if run.recalls]
+    if answering:
+        yield from ["", "## F1", "", *_paper_table(answering)]
+        yield from ["", "## Scores, shares and costs", "", *_score_table(answering)]
+        yield from [
+            "",
+            "right, wrong: share of answers with F1 1 and 0. cut: answers that had not ended. pays from: the number of ",
+        ]
+        yield "questions about a context from which on its adapter takes less time than the context in the prompt."
+        yield from ["", "## Differences between methods, F1", "", *_difference_table(answering)]
+        yield from _judge_tables(answering)
+    if recalling:
+        yield from ["", "## Texts given back", "", *_recall_table(recalling)]
+    if compared:
+        yield from ["", "## Differences between runs", "", *_comparison_table(compared)]
+    for title, file in pictures:
+        yield from ["", f"## {title}", "", f"![{title}]({file.name})"]
+
+
+def _paper_table(runs: Sequence[Run]) -> Iterator[str]:
+    """A row for each method, a column for each set."""
+    sources = list(dict.fromkeys(source for run in runs for source in run.summary["sources"]))
+    yield from _head(["", *sources], left=1)
+    for run in runs:
+        for method in dict.fromkeys(name for found in run.summary["sources"].values() for name in found["methods"]):
+            cells = []
+            for source in sources:
+                scores = run.summary["sources"].get(source, {"methods": {}})["methods"].get(method)
+                cells.append("" if scores is None else with_interval(scores, "f1"))
+            yield _line([title_of(method) if len(runs) == 1 else f"{title_of(method)} ({run.name})", *cells])
+
+
+def _score_table(runs: Sequence[Run]) -> Iterator[str]:
+    names = ["EM", "F1", "ROUGE-1", "ROUGE-2", "ROUGE-L", "right", "wrong", "questions", "cut"]
+    yield from _head(
+        ["run", "set", "method", *names, "encode, s a context", "answer, s a question", "adapter, kB", "pays from"], left=3
+    )
+    for run in runs:
+        for source, found in run.summary["sources"].items():
+            for method, scores in found["methods"].items():
+                cells = [with_interval(scores, name) for name in ("em", "f1", "rouge_1", "rouge_2", "rouge_l")]
+                cells += [f"{scores['right']:.1f}", f"{scores['wrong']:.1f}", f"{scores['questions']:,}", f"{scores['cut']:,}"]
+                seconds, size = scores["seconds"], scores["adapter_bytes"]
+                cells += [f"{seconds['encode_context']:.3g}" if size else "", f"{seconds['answer_question']:.3g}"]
+                pays = found["break_even_questions"].get(method, "")
+                cells += [f"{size / 1000:,.0f}" if size else "", "never" if pays is None else str(pays)]
+                yield _line([run.name, source, title_of(method), *cells])
+
+
+def _difference_table(runs: Sequence[Run]) -> Iterator[str]:
+    yield from _head(["run", "set", "methods", "difference [95 %]"], left=3)
+    for run in runs:
+        for source, found in run.summary["sources"].items():
+            first = next(iter(found["methods"]))
+            for pair, scores in found["differences"].items():
+                ours, _, theirs = pair.partition(" - ")
+                if ours != first:
+                    continue
+                yield _line([run.name, source, f"{title_of(ours)} − {title_of(theirs)}", f"{Estimate(**scores['f1']):+.1f}"])
+
+
+def _judge_tables(runs: Sequence[Run]) -> Iterator[str]:
+    judged = [(run, judge) for run in runs for judge in run.judges]
+    if not judged:
+        return
+    yield from ["", "## Judged correct, percent", ""]
+    yield from _head(["run", "judge", "prompt", "set", "method", "correct", "judged", "failed calls"], left=5)
+    for run, judge in judged:
+        for source, methods in judge["sources"].items():
+            for method, found in methods.items():
+                share = Estimate(found["correct"], *found["interval"]) if found["judged"] else None
+                cells = [f"{share:.1f}" if share else "", f"{found['judged']:,}", f"{found['failed']:,}"]
+                yield _line([run.name, judge["judge"], judge["prompt_sha256"][:8], source, title_of(method), *cells])
+
+
+def _recall_table(runs: Sequence[Run]) -> Iterator[str]:
+    yield from _head(["run", "set", "method", "task", "perplexity [95 %]", "p10–p90", "exact prefix", "EM", "F1", "texts"], left=4)
+    for run in runs:
+        for source, found in run.summary["sources"].items():
+            for method, tasks in found["methods"].items():
+                for task in ("reconstruct", "complete"):
+                    scores = tasks[task]
+                    mean = Estimate(scores["perplexity"], *scores["intervals"]["perplexity"])
+                    spread = f"{scores['perplexity_p10']:.2f}–{scores['perplexity_p90']:.2f}"
+                    cells = [f"{mean:.2f}", spread, *(with_interval(scores, name) for name in ("exact_prefix", "em", "f1"))]
+                    yield _line([run.name, source, title_of(method), task, *cells, f"{scores['texts']:,}"])
+
+
+def _comparison_table(compared: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield from _head(["from", "to", "set", "method", "F1, difference [95 %]", "contexts"], left=4)
+    for row in compared:
+        if row["score"] != "f1":
+            continue
+        names = [row["from"], row["to"], row["source"], title_of(row["method"])]
+        sure = row["difference"].low > 0 or row["difference"].high < 0
+        yield _line([*names, f"**{row['difference']:+.1f}**" if sure else f"{row['difference']:+.1f}", f"{row['contexts']:,}"])
+
+
+def _head(names: Sequence[str], *, left: int) -> Iterator[str]:
+    yield _line(names)
+    yield _line(["---" if n < left else "---:" for n in range(len(names))])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

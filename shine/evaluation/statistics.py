@@ -1,0 +1,95 @@
+"""How sure a score is: bootstrap intervals over contexts, and differences between two that looked at the same.
+
+Questions about one context are not independent, so contexts are drawn, each with all its questions: percentile bootstrap, seeded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES, SEED = 4000, 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with the bounds of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+    def plain(self) -> dict[str, float]:
+        """For a JSON file."""
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of each context, the sum of a score and the weight it is a mean over (questions, or tokens): context id -> pair."""
+
+    of: Mapping[str, tuple[float, float]]
+
+    def mean(self) -> float:
+        """The score over all contexts."""
+        sums, weights = np.array(list(self.of.values()), dtype=np.float64).T
+        return float(sums.sum() / weights.sum())
+
+
+def interval(totals: Totals, *, transform: Callable[[float], float] = float, seed: int = SEED) -> Estimate:
+    """The mean with its interval.
+
+    Args:
+        transform: a rising function of the mean, such as ``exp`` for a perplexity.
+    """
+    means = _resampled(np.array(list(totals.of.values()), dtype=np.float64), seed)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Estimate(transform(totals.mean()), transform(float(low)), transform(float(high)))
+
+
+def difference(ours: Totals, theirs: Totals, *, seed: int = SEED) -> Estimate:
+    """How much higher ``ours`` is than ``theirs`` on the contexts that both looked at: drawn together, so that what makes a
+    context hard for both does not widen the interval.
+
+    Raises:
+        ValueError: they share no context.
+    """
+    shared = sorted(set(ours.of) & set(theirs.of))
+    if not shared:
+        raise ValueError("the two results share no context: compare runs on the same data")
+    pair = [np.array([totals.of[name] for name in shared], dtype=np.float64) for totals in (ours, theirs)]
+    value = float(pair[0][:, 0].sum() / pair[0][:, 1].sum() - pair[1][:, 0].sum() / pair[1][:, 1].sum())
+    gaps = _resampled(pair[0], seed) - _resampled(pair[1], seed)
+    low, high = np.quantile(gaps, (0.025, 0.975))
+    return Estimate(value, float(low), float(high))
+
+
+def _resampled(pairs: np.ndarray, seed: int) -> np.ndarray:
+    """The ratio of sums of each resample of the rows of ``pairs [C, 2]``; equal seeds draw equal rows."""
+    count, generator = len(pairs), np.random.default_rng(seed)
+    means = np.empty(RESAMPLES)
+    # So many resamples at once as make about 30 MB of counts.
+    step = max(4_000_000 // count, 1)
+    for start in range(0, RESAMPLES, step):
+        size = min(step, RESAMPLES - start)
+        sums = generator.multinomial(count, np.full(count, 1 / count), size=size) @ pairs
+        means[start : start + size] = sums[:, 0] / sums[:, 1]
+    return means
+
+
+def break_even(*, encode: float, answer: float, answer_in_context: float) -> int | None:
+    """The number of questions about one context from which on encoding it pays; ``None`` where no number does.
+
+    Args:
+        encode: seconds to make the adapter of a context.
+        answer: seconds a question with the adapter.
+        answer_in_context: seconds a question with the context in the prompt.
+    """
+    saved = answer_in_context - answer
+    return math.ceil(encode / saved) if saved > 0 else None

@@ -1,0 +1,76 @@
+"""Intervals against closed forms."""
+
+from __future__ import annotations
+
+import math
+import statistics as exact
+
+import numpy as np
+import pytest
+
+from shine.evaluation.statistics import Totals, break_even, difference, interval
+
+
+def binomial_quantile(count: int, chance: float, share: float) -> int:
+    total = 0.0
+    for k in range(count + 1):
+        total += math.comb(count, k) * chance**k * (1 - chance) ** (count - k)
+        if total >= share:
+            return k
+    raise AssertionError("unreachable")
+
+
+def test_right_or_wrong_answers_have_binomial_quantiles() -> None:
+    """Resampling n values of which k are one draws from a binomial distribution."""
+    count, right = 200, 130
+    found = interval(Totals({str(n): (float(n < right), 1) for n in range(count)}))
+    assert found.value == pytest.approx(right / count)
+    # The quantile of 4,000 draws may be a step beside the exact one.
+    assert found.low * count == pytest.approx(binomial_quantile(count, right / count, 0.025), abs=1)
+    assert found.high * count == pytest.approx(binomial_quantile(count, right / count, 0.975), abs=1)
+
+
+def test_a_mean_has_the_width_of_its_standard_error() -> None:
+    values = np.random.default_rng(3).normal(50, 10, size=400)
+    found = interval(Totals({str(n): (value, 1) for n, value in enumerate(values)}))
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * exact.pstdev(values) / 20, rel=0.06)
+
+
+def test_questions_about_one_context_are_not_independent() -> None:
+    """Ten equal answers in each of forty contexts say as much as one in each."""
+    single = Totals({str(n): (float(n % 4 == 0), 1) for n in range(40)})
+    tenfold = Totals({str(n): (10.0 * (n % 4 == 0), 10) for n in range(40)})
+    assert interval(tenfold) == interval(single)
+
+
+def test_a_paired_difference_is_that_of_the_contexts() -> None:
+    """Contexts of very unlike difficulty, and a method that is one better on each but for noise."""
+    generator = np.random.default_rng(5)
+    hard, noise = generator.normal(50, 30, size=300), generator.normal(1, 1, size=300)
+    theirs = Totals({str(n): (value, 1) for n, value in enumerate(hard)})
+    ours = Totals({str(n): (value + more, 1) for n, (value, more) in enumerate(zip(hard, noise, strict=True))})
+    found = difference(ours, theirs)
+    assert found.value == pytest.approx(float(noise.mean()))
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * exact.pstdev(noise) / math.sqrt(300), rel=0.06)
+    apart = interval(ours).high - interval(ours).low
+    assert found.high - found.low < apart / 10
+
+
+def test_a_difference_looks_at_shared_contexts_only() -> None:
+    found = difference(Totals({"a": (1, 1), "b": (5, 1)}), Totals({"b": (2, 1), "c": (100, 1)}))
+    assert (found.value, found.low, found.high) == (3.0, 3.0, 3.0)
+    with pytest.raises(ValueError, match="share no context"):
+        difference(Totals({"a": (1, 1)}), Totals({"b": (1, 1)}))
+
+
+def test_an_interval_is_the_same_every_time_and_follows_a_transform() -> None:
+    totals = Totals({str(n): (n * 0.1, 3) for n in range(30)})
+    plain, raised = interval(totals), interval(totals, transform=math.exp)
+    assert plain == interval(totals)
+    assert (raised.value, raised.low, raised.high) == tuple(map(math.exp, (plain.value, plain.low, plain.high)))
+    assert interval(totals, seed=1) != plain
+
+
+def test_break_even() -> None:
+    assert break_even(encode=1.0, answer=0.1, answer_in_context=0.5) == 3
+    assert break_even(encode=1.0, answer=0.3, answer_in_context=0.3) is None
