@@ -1,0 +1,199 @@
+"""The index on disk: one for each tokenizer, budget and state of the data, made once however many processes ask."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_tokenizer
+from test_samples import stage
+
+from shine.config import SourceConfig, TaskTokens
+from shine.data import index
+from shine.data.build import build_samples
+from shine.data.samples import StageSamples
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = tiny_tokenizer()
+MERGED = tiny_tokenizer(merges=[("a", "b")])
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHINE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> SourceConfig:
+    file = tmp_path / "mine.jsonl"
+    rows = [f'{{"context": "ab c{n}", "turns": [{{"question": "q{n}", "answers": ["a"]}}]}}\n' for n in range(5)]
+    file.write_text("".join(rows))
+    return SourceConfig("jsonl", str(file))
+
+
+def build(
+    source: SourceConfig, name: str = "mqa", *, tokenizer: Any = TOKENIZER, said: list[str] | None = None, **lengths: int
+) -> StageSamples:
+    say = (said if said is not None else []).append
+    return build_samples(
+        {"mine": source}, "data.train", tokenizer, stage(name, **lengths), task_tokens=TaskTokens(), seed=0, say=say
+    )
+
+
+def ids(samples: StageSamples) -> list[Any]:
+    return [samples.sample(number, epoch=0) for number in range(len(samples))]
+
+
+def indexes() -> list[Path]:
+    return sorted(path for path in index.index_folder().iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("name", ["pretrain", "mqa", "1qa"])
+def test_an_index_is_made_once_and_gives_the_same_samples_again(source: SourceConfig, name: str) -> None:
+    said: list[str] = []
+    first, second = (build(source, name, said=said) for _ in range(2))
+    assert len(said) == 1
+    assert str(index.index_folder()) in said[0]
+    assert ids(first) == ids(second) != []
+    assert first.fingerprint == second.fingerprint
+    assert str(first.tally) == str(second.tally)
+    assert first.lengths.tolist() == second.lengths.tolist()
+
+
+def another_file(source: SourceConfig) -> SourceConfig:
+    assert source.path is not None
+    path = Path(source.path)
+    path.write_text(path.read_text() + '{"context": "more", "turns": [{"question": "q", "answers": ["a"]}]}\n')
+    return source
+
+
+CHANGES: dict[str, Callable[[SourceConfig], dict[str, Any]]] = {
+    "tokenizer": lambda source: {"source": source, "tokenizer": MERGED},
+    "context_length": lambda source: {"source": source, "context": 99},
+    "conversation_length": lambda source: {"source": source, "conversation": 199},
+    "stage": lambda source: {"source": source, "name": "1qa"},
+    "limit": lambda source: {"source": replace(source, limit=3)},
+    "data": lambda source: {"source": another_file(source)},
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_another_tokenizer_budget_or_state_of_the_data_is_another_index(source: SourceConfig, what: str) -> None:
+    said: list[str] = []
+    build(source, said=said)
+    build(**{**CHANGES[what](source), "said": said})
+    assert len(said) == len(indexes()) == 2
+
+
+def test_a_file_written_again_with_the_same_size_is_another_state(source: SourceConfig) -> None:
+    assert source.path is not None
+    path, said = Path(source.path), list[str]()
+    before = build(source, said=said)
+    stat = path.stat()
+    path.write_text(path.read_text().replace("q4", "q9"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000))
+    assert path.stat().st_size == stat.st_size
+    after = build(source, said=said)
+    assert len(said) == 2
+    assert before.fingerprint != after.fingerprint
+
+
+def test_the_fingerprint_of_the_samples_is_of_the_texts_wherever_they_lie(source: SourceConfig, tmp_path: Path) -> None:
+    assert source.path is not None
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    shutil.copy(source.path, elsewhere)
+    assert build(source).fingerprint == build(replace(source, path=str(elsewhere))).fingerprint
+
+
+def test_other_code_makes_the_index_again(source: SourceConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    build(source, said=said)
+    monkeypatch.setattr("shine.data.build.code_fingerprint", lambda: "changed")
+    build(source, said=said)
+    assert len(said) == 2
+
+
+def test_a_tokenizers_fingerprint_does_not_change_with_its_use() -> None:
+    tokenizer = tiny_tokenizer()
+    before = index.tokenizer_fingerprint(tokenizer)
+    tokenizer(["ab", "abc"], padding=True, truncation=True, max_length=2)
+    assert index.tokenizer_fingerprint(tokenizer) == before != index.tokenizer_fingerprint(MERGED)
+
+
+def test_a_builder_that_fails_leaves_nothing(source: SourceConfig) -> None:
+    assert source.path is not None
+    Path(source.path).write_text('{"context": "ab", "turns": [{"question": "q", "answers": ["a"]}]}\n{\n')
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"data.train.mine: .*mine.jsonl:2"):
+            build(source)
+    assert indexes() == []
+    Path(source.path).write_text("")
+    with pytest.raises(ValueError, match="no sample for stage mqa"):
+        build(source)
+    assert indexes() == []
+
+
+def test_an_index_that_was_left_half_written_is_made_again(source: SourceConfig) -> None:
+    build(source)
+    (found,) = indexes()
+    (found / index.META_FILE).unlink()
+    said: list[str] = []
+    assert len(build(source, said=said)) == 5
+    assert len(said) == 1
+
+
+def test_threads_that_ask_at_once_wait_for_one_builder() -> None:
+    built: list[int] = []
+    gate = threading.Barrier(4)
+
+    def make(folder: Path) -> dict[str, int]:
+        built.append(1)
+        (folder / "file").write_text("x")
+        return {"number": len(built)}
+
+    found: list[Any] = []
+
+    def ask() -> None:
+        gate.wait()
+        found.append(index.indexed({"key": 1}, make, say=lambda line: None))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert built == [1]
+    assert len(found) == 4
+    assert all(noted == {"number": 1} and (folder / "file").exists() for folder, noted in found)
+
+
+PROCESS = """
+import sys
+from conftest import tiny_tokenizer
+from test_samples import stage
+from shine.config import SourceConfig, TaskTokens
+from shine.data.build import build_samples
+source = SourceConfig("jsonl", sys.argv[1])
+samples = build_samples({"mine": source}, "data.train", tiny_tokenizer(), stage("mqa"), task_tokens=TaskTokens(), seed=0)
+print(len(samples), samples.fingerprint)
+"""
+
+
+def test_processes_that_start_at_once_build_it_once(source: SourceConfig) -> None:
+    assert source.path is not None
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", PROCESS, source.path]
+    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    outputs = [process.communicate(timeout=120)[0].splitlines() for process in running]
+    assert all(process.returncode == 0 for process in running)
+    assert len({lines[-1] for lines in outputs}) == 1
+    assert sum("read and tokenised" in line for lines in outputs for line in lines) == 1
+    assert len(indexes()) == 1
