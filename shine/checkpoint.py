@@ -24,6 +24,7 @@ import shine
 from shine.backbone import Backbone
 from shine.config import BackboneConfig, HypernetworkConfig, parse
 from shine.fingerprint import Fingerprint
+from shine.hub import download, hub_id
 from shine.hypernetwork import Hypernetwork
 from shine.released import RELEASED_FILES, is_released, read_released
 
@@ -41,6 +42,7 @@ class CheckpointInfo:
         stages: those behind it, oldest first.
         fingerprint: of the backbone it was trained on.
         revision: the hub's commit of that backbone, where it came from there.
+        variant: what was done to its weights, where something was: see `shine.zoo.variant_name`.
     """
 
     backbone: BackboneConfig
@@ -48,14 +50,20 @@ class CheckpointInfo:
     stages: tuple[str, ...] = ()
     fingerprint: Fingerprint | None = None
     revision: str | None = None
+    variant: str | None = None
 
 
 def find_checkpoint(path: str | Path) -> Path:
     """The directory to load from: ``path`` itself, or the newest checkpoint inside it (``final``, else the highest step or epoch).
 
+    Args:
+        path: a directory, or a hub's ``hf:owner/name`` or ``ms:owner/name``, which is downloaded first; see `shine.hub`.
+
     Raises:
         ValueError: nothing there can be loaded.
     """
+    if (remote := hub_id(path)) is not None:
+        return download(remote)
     path = Path(path).expanduser()
     if not path.is_dir():
         raise ValueError(f"{path}: no such checkpoint directory; train the stage that makes it, or download it")
@@ -100,7 +108,10 @@ def read_info(path: str | Path) -> CheckpointInfo | None:
     if values.get("format") != FORMAT:
         raise ValueError(f"{file}: format {values.get('format')!r}, this version of shine reads {FORMAT}: upgrade shine")
     try:
-        return parse(CheckpointInfo, {field.name: values[field.name] for field in fields(CheckpointInfo)})
+        # Directories of before say nothing of a variant.
+        return parse(
+            CheckpointInfo, {f.name: values[f.name] for f in fields(CheckpointInfo) if f.name in values or f.name != "variant"}
+        )
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -179,7 +190,8 @@ def check_backbone(path: str | Path, *, config: BackboneConfig, found: Fingerpri
     info = read_info(directory)
     if info is None:
         return
-    trained = f"{directory} was trained on backbone {info.backbone.path}"
+    variant = f" ({info.variant})" if info.variant else ""
+    trained = f"{directory} was trained on backbone {info.backbone.path}{variant}"
     if info.backbone.task_tokens != config.task_tokens:
         raise ValueError(
             f"{trained} with backbone.task_tokens {asdict(info.backbone.task_tokens)}, now they are {asdict(config.task_tokens)}: "

@@ -279,12 +279,26 @@ def load_backbone(config: BackboneConfig, *, targets: Sequence[str]) -> tuple[Ba
     path = resolve(config.path)
     try:
         model = _load_model(path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
-        tokenizer = _load_tokenizer(path)
+        tokenizer = load_tokenizer(path)
     except Exception as error:  # safetensors, tokenizers and transformers raise anything, bare Exception included
         raise ValueError(f"cannot load backbone {config.path}: {_first_line(error)}; {_load_remedy(config, path)}") from error
     backbone = Backbone(model.to(device), targets=targets, activation_checkpointing=config.activation_checkpointing)
     prepare_tokenizer(tokenizer, config.task_tokens, embedding_rows=backbone.vocabulary_size)
     return backbone, tokenizer
+
+
+def variant_name(path: str, backbone: Backbone) -> str | None:
+    """What was done to the weights of a model since it was trained, as far as it can be known; ``None`` for nothing.
+
+    ``Q4_1, dequantised`` of a model that SHINE fetched as GGUF; the method of a model that is held quantised.
+    """
+    if path in FETCHED:
+        return f"{PurePosixPath(FETCHED[path].member).stem.rpartition('.')[2]}, dequantised"
+    quantised = getattr(backbone.model.config, "quantization_config", None)
+    if quantised is None:
+        return None
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    return f"quantised: {getattr(method, 'value', method)}"
 
 
 def _load_model(path: str, **options: Any) -> Any:
@@ -297,7 +311,7 @@ def _load_model(path: str, **options: Any) -> Any:
     return model
 
 
-def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer, able to pad: with the end of text where it names no pad token."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     # Where the files are missing transformers makes up a tokenizer of special tokens alone.

@@ -58,12 +58,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._handle(b"")
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815
 
     def do_POST(self) -> None:
         self._handle(self.rfile.read(int(self.headers.get("content-length") or 0)))
 
-    do_PUT = do_POST
+    do_PUT = do_POST  # noqa: N815
 
     def _handle(self, body: bytes) -> None:
         url = urlparse(self.path)

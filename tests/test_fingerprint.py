@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from conftest import tiny_model, tiny_tokenizer
 from runs import stage_config, train_config
 from transformers import AutoModelForCausalLM
 
+from shine import zoo
 from shine.backbone import Backbone
 from shine.checkpoint import check_backbone, read_info
 from shine.config import BackboneConfig
@@ -69,3 +72,23 @@ def test_training_on_another_models_checkpoint_is_refused(tiny_backbone_folder: 
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"the same architecture and vocabulary with other weights"):
         train(train_config(str(tmp_path / "other"), tmp_path / "next", checkpoint=str(final)))
+
+
+def test_a_variant_is_named(tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What SHINE fetches as a quantised GGUF is a variant by name, in config.json and in the refusal of other weights."""
+    assert zoo.variant_name("smollm2-135m", Backbone(tiny_model())) == "Q4_1, dequantised"
+    assert zoo.variant_name("elsewhere", Backbone(tiny_model())) is None
+    held = tiny_model()
+    held.config.quantization_config = {"quant_method": "fp8"}
+    assert zoo.variant_name("elsewhere", Backbone(held)) == "quantised: fp8"
+
+    pin = replace(zoo.FETCHED["smollm2-135m"], member="tiny/Tiny-1M.Q8_0.gguf")
+    monkeypatch.setitem(zoo.FETCHED, "tiny", pin)
+    monkeypatch.setattr(zoo, "fetch", lambda name: Path(tiny_backbone_folder))
+    final = train(train_config("tiny", tmp_path / "run", stage=stage_config(steps=1)))
+    assert json.loads((final / "config.json").read_text())["variant"] == "Q8_0, dequantised"
+    info = read_info(final)
+    assert info is not None
+    other = replace(info.fingerprint, weights="0" * 12)
+    with pytest.raises(ValueError, match=r"was trained on backbone tiny \(Q8_0, dequantised\) .*allow_variant=true"):
+        check_backbone(final, config=BackboneConfig(path="original"), found=other)

@@ -13,6 +13,7 @@ import torch
 from conftest import tiny_hypernetwork_config, tiny_tokenizer
 from processes import Fault, run_ranks
 from runs import WORLDS, stage_config, train_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
 from shine.backbone import Backbone
@@ -95,6 +96,32 @@ def test_every_log_step_has_its_scalars(tiny_backbone_folder: str, tmp_path: Pat
     wanted = {"step", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "memory_gb", "mfu", "skipped_steps"}
     assert [set(row) for row in rows] == [wanted] * 3
     assert all(0 < row["mfu"] < 1 and row["memory_gb"] > 0.01 for row in rows)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "mqa"])
+def test_tensorboard_holds_every_scalar_and_the_answers(stage: str, tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """Read back by TensorBoard itself, and equal to the lines of metrics.jsonl."""
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage_config(stage, steps=4, evaluate_every=2, evaluation_batches=2)))
+    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    board.Reload()
+    sets = ("reconstruct", "complete") if stage == "pretrain" else ("answers",)
+    each_step = {"loss", "learning_rate", "gradient_norm", "tokens_per_second", "memory_gb", "mfu", "skipped_steps"}
+    each_evaluation = {f"validation/{name}/{what}" for name in sets for what in ("loss", "perplexity", "accuracy")}
+    each_evaluation |= {"validation/adapter_cosine", "validation/adapter_effective_rank"}
+    assert set(board.Tags()["scalars"]) == each_step | each_evaluation
+    rows = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    for name in each_step | each_evaluation:
+        wanted = [(row["step"], row[name]) for row in rows if name in row]
+        assert [event.step for event in board.Scalars(name)] == [step for step, _ in wanted]
+        assert [event.value for event in board.Scalars(name)] == pytest.approx([value for _, value in wanted], rel=1e-6)
+    assert {event.step for event in board.Scalars("validation/adapter_cosine")} == {2, 4}
+    texts = board.Tensors("answers/text_summary")
+    assert [event.step for event in texts] == [2, 4]
+    shown = [json.loads(line) for line in (tmp_path / SAMPLES_FILE).read_text().splitlines()]
+    for event in texts:
+        table = event.tensor_proto.string_val[0].decode()
+        assert table.startswith("| set | id | question | answer | right |")
+        assert all(f"| {row['set']} | {row['id']} |" in table for row in shown if row["step"] == event.step)
 
 
 def test_a_line_says_where_the_run_stands_and_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +17,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from runs import losses_of
 
 from shine.checkpoint import read_info
 from shine.config import EvaluationConfig, TrainConfig, parse
@@ -31,6 +35,8 @@ def test_the_published_scripts_are_there() -> None:
             "meta_train_parallel_ift_pwc_4layer_8lora_128metalora",
             "meta_train_parallel_ift_c1qa_4layer_8lora_128metalora",
         ):
+            assert (ROOT / "scripts" / f"Qwen3-{size}" / f"{name}.sh").exists()
+        for name in ("test_pretrain", "test_pwc", "test"):
             assert (ROOT / "scripts" / f"Qwen3-{size}" / f"{name}.sh").exists()
 
 
@@ -59,36 +65,140 @@ def test_a_script_is_posix_sh_and_adds_launching_only(script: Path) -> None:
     assert "=" not in found[2]
 
 
-@pytest.mark.slow
-def test_three_stages_chain_by_folder_through_the_scripts(tiny_backbone_folder: str, tmp_path: Path) -> None:
-    """Two ranks under torchrun, then the test beside the last stage, all from a copy of the scripts in a folder of its own."""
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """What the scripts need, in a folder of its own."""
     for name in ("scripts", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("train.py", "test.py"):
         shutil.copy(ROOT / name, tmp_path)
-    small = [
-        "data=worlds",
-        "data.train.worlds.options.count=40",
-        "data.test.worlds.options.count=3",
-        f"backbone.path={tiny_backbone_folder}",
-    ]
-    small += ["backbone.dtype=float32", "backbone.device=cpu", "hypernetwork.rank=2", "hypernetwork.meta_rank=4"]
-    steps = ["data.validation.worlds.options.count=4", "stage.steps=2", "stage.batch_size=4", "stage.evaluate_every=0"]
-    environment = {**os.environ, "GPUS": "2", "OMP_NUM_THREADS": "1", "NAME": "mine", "PYTHONPATH": str(ROOT)}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    folder = tmp_path / "scripts" / "Qwen3-8B"
+    return tmp_path
+
+
+def small(backbone: str) -> list[str]:
+    """Overrides that make the published recipe a matter of seconds."""
+    data = ["data=worlds", "data.train.worlds.options.count=40", "data.test.worlds.options.count=3", f"backbone.path={backbone}"]
+    return [*data, "backbone.dtype=float32", "backbone.device=cpu", "hypernetwork.rank=2", "hypernetwork.meta_rank=4"]
+
+
+STEPS = [
+    "data.validation.worlds.options.count=4",
+    "stage.steps=2",
+    "stage.batch_size=4",
+    "stage.evaluate_every=0",
+    "stage.log_every=1",
+]
+
+
+def surroundings(**more: str) -> dict[str, str]:
+    """The environment of a script: our Python first on the path, no accelerator, one thread a rank."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "OMP_NUM_THREADS": "1", "NAME": "mine", "PYTHONPATH": str(ROOT), "PATH": path, **more}
+
+
+@pytest.mark.slow
+def test_three_stages_chain_by_folder_through_the_scripts(tiny_backbone_folder: str, clone: Path) -> None:
+    """Two ranks under torchrun, then the test beside the last stage."""
+    folder = clone / "scripts" / "Qwen3-8B"
     for script in ("pretrain_group", "meta_train_parallel_ift_pwc", "meta_train_parallel_ift_c1qa"):
-        command = ["sh", str(folder / f"{script}_4layer_8lora_128metalora.sh"), *small, *steps]
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        command = ["sh", str(folder / f"{script}_4layer_8lora_128metalora.sh"), *small(tiny_backbone_folder), *STEPS]
+        run = subprocess.run(command, env=surroundings(GPUS="2"), capture_output=True, text=True, timeout=300)
         assert run.returncode == 0, run.stderr
-    info = read_info(tmp_path / "checkpoints" / "mine" / "train")
+    info = read_info(clone / "checkpoints" / "mine" / "train")
     assert info is not None
     assert info.stages == ("pretrain", "mqa", "1qa")
+    command = ["sh", str(folder / "test.sh"), *small(tiny_backbone_folder), "max_new_tokens=4"]
+    run = subprocess.run(command, env=surroundings(), capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert (clone / "checkpoints" / "mine" / "train" / "test" / "summary.json").exists()
+
+
+@pytest.fixture
+def one_node(tiny_backbone_folder: str, clone: Path) -> list[float]:
+    """The losses of two ranks on one node."""
+    command = ["sh", str(clone / PRETRAIN), *small(tiny_backbone_folder), *STEPS]
+    subprocess.run(command, env=surroundings(GPUS="2", NAME="one"), check=True, capture_output=True, timeout=300)
+    return losses_of(clone / "checkpoints" / "one" / "pretrain")
+
+
+PRETRAIN = "scripts/Qwen3-8B/pretrain_group_4layer_8lora_128metalora.sh"
+
+
+@pytest.mark.slow
+def test_two_nodes_train_what_one_does(tiny_backbone_folder: str, clone: Path, one_node: list[float]) -> None:
+    """The same script on each of two nodes, here two launchers on loopback, which NNODES, NODE_RANK and MASTER_* bring together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = ["sh", str(clone / PRETRAIN), *small(tiny_backbone_folder), *STEPS]
+    meeting = {"GPUS": "1", "NAME": "two", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    nodes = [
+        subprocess.Popen(command, env=surroundings(**meeting, NODE_RANK=str(n)), stderr=subprocess.PIPE, text=True)
+        for n in range(2)
+    ]
+    errors = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    output = clone / "checkpoints" / "two" / "pretrain"
+    assert losses_of(output) == pytest.approx(one_node, rel=1e-6)
+    assert len(list((output / "logs").glob("rank-*.log"))) == 2
+
+
+SRUN = """#!/bin/sh
+# The command after the options, once on each node, as `srun --ntasks-per-node=1` does; fails if one of them does.
+echo "srun $*" >> "$SLURM_SUBMIT_DIR/said"
+while case $1 in -*) true ;; *) false ;; esac; do shift; done
+SLURM_NODEID=1 SLURM_PROCID=1 "$@" &
+SLURM_NODEID=0 SLURM_PROCID=0 "$@" && wait $!
+"""
+SCONTROL = """#!/bin/sh
+# `scontrol show hostnames LIST`: one name a line.
+[ "$1 $2 $3" = "show hostnames localhost,other" ] && printf 'localhost\nother\n'
+"""
+
+
+@pytest.mark.slow
+def test_slurm_nodes_train_what_one_does(tiny_backbone_folder: str, clone: Path, one_node: list[float]) -> None:
+    """SLURM runs a copy of the script that lies elsewhere; the nodes and the port follow from its variables."""
+    spool = clone / "spool" / "slurm_script"
+    spool.parent.mkdir()
+    shutil.copy(clone / PRETRAIN, spool)
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (spool.parent / name).write_text(text)
+        (spool.parent / name).chmod(0o755)
+    environment = surroundings(GPUS="1", NAME="slurm", SLURM_SUBMIT_DIR=str(clone), SLURM_NNODES="2", SLURM_JOB_ID="41234567")
+    environment |= {"SLURM_JOB_NODELIST": "localhost,other", "PATH": f"{spool.parent}:{environment['PATH']}"}
+    command = ["sh", str(spool), *small(tiny_backbone_folder), *STEPS]
+    run = subprocess.run(command, env=environment, cwd=spool.parent, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "--rdzv-endpoint localhost:34567 " in (clone / "said").read_text()
+    assert losses_of(clone / "checkpoints" / "slurm" / "pretrain") == pytest.approx(one_node, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_sweep_is_what_the_docs_say(tmp_path: Path) -> None:
+    """The documented command, made short: jobs through submitit's local executor, a folder for each learning rate."""
+    text = (ROOT / "docs" / "training.md").read_text()
+    command = re.search(r"^python (train\.py --multirun(?:.*\\\n)*.*)$", text, re.MULTILINE)
+    assert command is not None
+    words = shlex.split(command[1].replace("\\\n", " "))
+    assert "hydra/launcher=submitit_local" in words
+    short = ["stage.steps=1", "stage.batch_size=2", "stage.micro_batch_size=2", "data.train.worlds.options.count=20"]
     run = subprocess.run(
-        ["sh", str(folder / "test.sh"), *small, "max_new_tokens=4"], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, str(ROOT / words[0]), *words[1:], *short, "stage.evaluate_every=0"],
+        cwd=tmp_path,
+        env=surroundings(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr
-    assert (tmp_path / "checkpoints" / "mine" / "train" / "test" / "summary.json").exists()
+    rates = next(word for word in words if word.startswith("stage.learning_rate=")).partition("=")[2].split(",")
+    runs = {float(file.parent.name): json.loads(file.read_text())["config"] for file in (tmp_path / "outputs").glob("*/*/run.json")}
+    assert runs.keys() == {float(rate) for rate in rates}
+    assert len(runs) > 1
+    assert all(config["stage"]["learning_rate"] == rate for rate, config in runs.items())
+    assert len(list((tmp_path / "outputs").glob("*/*/final/config.json"))) == len(rates)
+    assert len(list((tmp_path / "outputs" / "sweep" / ".submitit").glob("*/*_result.pkl"))) == len(rates)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "mqa", "1qa"])

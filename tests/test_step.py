@@ -212,6 +212,42 @@ def test_ranks_talk_in_the_last_micro_batch_only(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
+def test_a_step_talks_once(make_backbone: Callable[..., Backbone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real step of three micro-batches: every gradient is reduced after the third forward pass, none before."""
+    from shine.training import step
+
+    backbone, forwards, reduced = make_backbone(), [0], []
+    real = step.label_losses
+
+    def label_losses(*args: Any) -> Any:
+        forwards[0] += 1
+        return real(*args)
+
+    monkeypatch.setattr(step, "label_losses", label_losses)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        hypernetwork = Hypernetwork(tiny_hypernetwork_config(), backbone)
+        model = DistributedDataParallel(hypernetwork)
+        model.register_comm_hook(
+            None, lambda _, bucket: (reduced.append((forwards[0], bucket.buffer().numel())), done(bucket.buffer()))[1]
+        )
+        training_step(
+            model,
+            backbone,
+            stage_samples("mqa", 3),
+            optimizer=torch.optim.SGD(hypernetwork.parameters(), lr=0.0),
+            micro_batch_size=1,
+            clip=1.0,
+            pad_id=0,
+            ranks=Ranks(),
+            guard=Guard(stage_config()),
+        )
+    finally:
+        torch.distributed.destroy_process_group()
+    assert {after for after, _ in reduced} == {3}
+    assert sum(count for _, count in reduced) == sum(parameter.numel() for parameter in hypernetwork.parameters())
+
+
 def test_learning_rate_rises_to_its_peak_and_falls_to_zero() -> None:
     stage = stage_config(learning_rate=1.0, warmup_steps=4)
     rates = [learning_rate(step, stage=stage, total_steps=12) for step in range(13)]

@@ -22,11 +22,12 @@ from runs import losses_of, stage_config, train_config
 
 from shine.checkpoint import WEIGHTS_FILE
 from shine.config import DataConfig, SourceConfig
+from shine.manifest import damage
 from shine.training.guard import NOT_FINITE, SPIKE, Guard
 from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE, SAMPLES_FILE
 from shine.training.provenance import differences
-from shine.training.state import damage, load_state, newest_whole, step_directories
+from shine.training.state import load_state, newest_whole, step_directories
 from shine.training.stop import StoppedError, stop_requests
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +43,7 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(kills: int, tiny_b
     process.join()
     assert process.exitcode == 0
 
-    done = 0
+    done = while_saving = 0
     while done < kills:
         process = train_in_process(tiny_backbone_folder, killed, stage=stage, resume="auto")
         wait_for_progress(killed, process)
@@ -54,10 +55,12 @@ def test_a_run_killed_again_and_again_is_the_run_that_was_not(kills: int, tiny_b
         process.kill()
         process.join()
         done += 1
+        while_saving += bool(list(killed.glob(".step-*.partial")))
         assert [damage(directory) for directory in step_directories(killed)] == [None] * len(step_directories(killed))
     process = train_in_process(tiny_backbone_folder, killed, stage=stage, resume="auto")
     process.join()
     assert process.exitcode == 0
+    assert while_saving >= kills // 4, "the kills hardly hit a save"
     assert measured(killed) == measured(whole)
     assert (killed / "final" / WEIGHTS_FILE).read_bytes() == (whole / "final" / WEIGHTS_FILE).read_bytes()
     assert [best.name for best in killed.glob("best-*")] == [best.name for best in whole.glob("best-*")]

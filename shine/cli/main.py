@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from shine.cli import download, fetch, release
+from shine.cli import data, download, fetch, pull, push, release
 
-COMMANDS = (fetch, download, release)
+COMMANDS = (fetch, download, data, release, push, pull)
 """In the order of ``shine --help``. Each module adds one subcommand; what it imports at its top must be quick to import."""
 
 
@@ -16,11 +16,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code: 2, after one line on standard error, for whatever a user can put right."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -36,7 +36,7 @@ from shine.training.state import RUN_FILE, RunState, load_state, plain, prune, r
 from shine.training.step import StepResult, training_step
 from shine.training.stop import StoppedError, StopRequest, stop_requests
 from shine.training.validation import Validation
-from shine.zoo import find_device, load_backbone
+from shine.zoo import find_device, load_backbone, variant_name
 
 
 def train(config: TrainConfig) -> Path:
@@ -108,7 +108,8 @@ class _Run:
             shard_backbone(backbone, ranks, find_device(config.backbone.device))
         self.hypernetwork, before = start_hypernetwork(config, backbone, found=found, start=start)
         stages, revision = (*before, stage.name), getattr(backbone.model.config, "_commit_hash", None)
-        self.info = CheckpointInfo(config.backbone, self.hypernetwork.config, stages, found, revision)
+        variant = variant_name(config.backbone.path, backbone)
+        self.info = CheckpointInfo(config.backbone, self.hypernetwork.config, stages, found, revision, variant)
         if config.engine == "fsdp" and ranks.size > 1:
             shard(self.hypernetwork, ranks)
         self.optimizer = build_optimizer(self.hypernetwork, stage)

@@ -6,7 +6,6 @@ file, so that one which a network file system has not finished, or somebody has 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import shutil
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor
 
 from shine.checkpoint import CheckpointInfo, is_unfinished, save_hypernetwork, written_beside
+from shine.manifest import damage, write_manifest
 
-STATE_FILE, RUN_FILE, MANIFEST_FILE = "training_state.pt", "run.json", "manifest.json"
+STATE_FILE, RUN_FILE = "training_state.pt", "run.json"
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ def save_state(
             torch.save({name: getattr(state, name) for name in RunState.__dataclass_fields__}, stream)
         (folder / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
         save_hypernetwork(folder, weights, info)
-        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
-        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_manifest(folder)
 
 
 def load_state(directory: Path) -> RunState:
@@ -80,21 +79,6 @@ def load_state(directory: Path) -> RunState:
         return RunState(**torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:  # damaged files make the unpickler raise nearly anything
         raise ValueError(f"{file}: damaged ({type(error).__name__}); resume from an earlier step directory") from None
-
-
-def damage(directory: Path) -> str | None:
-    """What is wrong with a step directory; ``None`` when every file is whole."""
-    try:
-        manifest = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
-            file = directory / name
-            if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
-                return f"{name} is not as it was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"{MANIFEST_FILE} cannot be read ({type(error).__name__})"
-    return None
 
 
 def step_directories(output: Path) -> list[Path]:
@@ -185,8 +169,3 @@ def restore_rng(state: Mapping[str, Any]) -> None:
 def plain(value: Any) -> dict[str, Any]:
     """The fields of a dataclass as containers that a state file may hold."""
     return dict(json.loads(json.dumps(asdict(value))))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 from shine.config import SourceConfig
 from shine.data.examples import Example
@@ -102,4 +103,5 @@ def read_named(
 def look_into(sources: Mapping[str, SourceConfig], place: str) -> None:
     """Read the first example of each source, so that what is wrong with one is said before a large model is loaded."""
     for name, source in sources.items():
-        next(read_named({name: source}, place), None)
+        # Not through a split by context, which would read all of it.
+        next(read_named({name: replace(source, part="all")}, place), None)

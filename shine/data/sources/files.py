@@ -130,15 +130,16 @@ def _file_rows(file: Path, *, kind: str, wanted: Sequence[str], needed: Sequence
     if name.endswith(".parquet"):
         return _parquet_rows(file, kind=kind, wanted=wanted, needed=needed)
     if name.endswith((".json", ".jsonl", ".ndjson")):
-        return _json_list_rows(file) if _begins_a_list(file) else _line_rows(file, _json_line)
+        return _json_list_rows(file) if _begins_a_list(file) else _line_rows(file, _json_line, skip_blank=True)
     if name.endswith(".txt"):
-        return _line_rows(file, lambda line, place: {"text": line})
+        return _line_rows(file, lambda line, place: {"text": line}, skip_blank=False)
     raise ValueError(f"{file}: cannot be read; convert it to .parquet, .json, .jsonl or .txt")
 
 
 def _parquet_rows(file: Path, *, kind: str, wanted: Sequence[str], needed: Sequence[str]) -> Iterator[tuple[str, Row]]:
     number = 0
-    with _damage_named(file, lambda: f"row {number}"), pq.ParquetFile(file) as table:
+    # Damage inside a parquet file shows as an error of the system too.
+    with _damage_named(file, lambda: f"row {number}", OSError), pq.ParquetFile(file) as table:
         there = table.schema_arrow.names
         if missing := [name for name in needed if name not in there]:
             raise ValueError(f"{file}: no column {', '.join(missing)} (there are {', '.join(there)}); is it a {kind!r} source?")
@@ -156,7 +157,7 @@ def _json_list_rows(file: Path) -> Iterator[tuple[str, Any]]:
             yield f"{file}, item {number}", row
 
 
-def _line_rows(file: Path, parse: Callable[[str, str], Any]) -> Iterator[tuple[str, Any]]:
+def _line_rows(file: Path, parse: Callable[[str, str], Any], *, skip_blank: bool) -> Iterator[tuple[str, Any]]:
     number = 0
     with _damage_named(file, lambda: f"line {number}"), _opened(file) as stream:
         for line in _without_mark(stream):
@@ -167,15 +168,12 @@ def _line_rows(file: Path, parse: Callable[[str, str], Any]) -> Iterator[tuple[s
             except UnicodeDecodeError as error:
                 yield place, ValueError(f"{place}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8")
                 continue
-            row = parse(text, place)
-            if row is not None:
-                yield place, row
+            if text.strip() or not skip_blank:
+                yield place, parse(text, place)
 
 
 def _json_line(line: str, place: str) -> Any:
-    """The value on a line; ``None`` for a blank one."""
-    if not line.strip():
-        return None
+    """The value on a line, or the error that says why there is none."""
     try:
         return json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -200,10 +198,10 @@ def _without_mark(stream: BinaryIO) -> BinaryIO:
 
 
 @contextmanager
-def _damage_named(file: Path, after: Callable[[], str]) -> Iterator[None]:
+def _damage_named(file: Path, after: Callable[[], str], *more: type[Exception]) -> Iterator[None]:
     try:
         yield
-    except _DAMAGED as error:
+    except (*_DAMAGED, *more) as error:
         raise ValueError(f"{file}: damaged after {after()} ({_first_line(error)}); download or write it again") from error
 
 

@@ -1,0 +1,135 @@
+"""What ``shine data inspect`` shows of a source: examples with their labels marked, counts, and lengths."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.rule import Rule
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from shine.chat import IGNORE, prepare_tokenizer, token_counter
+from shine.cli.sources import parse_source
+from shine.config import StageConfig, StageName, TaskTokens
+from shine.data.build import samples_of
+from shine.data.samples import Sample
+from shine.data.sources import read_named
+from shine.data.tally import Tally
+from shine.zoo import load_tokenizer, resolve
+
+ABOUT = 1200
+"""Characters of a context that are printed."""
+
+
+def inspect(
+    text: str,
+    *,
+    stage: StageName | None,
+    backbone: str,
+    count: int,
+    lengths: tuple[int, int],
+    histogram: str,
+    as_json: bool,
+) -> None:
+    """Print ``count`` samples of the source and what it holds, and draw its lengths.
+
+    Args:
+        text: the source, see `shine.cli.sources`.
+        backbone: whose tokenizer counts.
+        lengths: most tokens of a context and of a conversation, beyond which is counted as cut.
+
+    Raises:
+        ValueError: the source cannot be read, or holds nothing for the stage.
+    """
+    source = parse_source(text)
+    tokenizer = load_tokenizer(resolve(backbone))
+    names = TaskTokens()
+    # Their ids do not matter here, and no embedding is loaded that could be short of rows.
+    prepare_tokenizer(tokenizer, names, embedding_rows=len(tokenizer) + 3)
+    skipped = Tally()
+    examples = list(read_named({text: source}, "--source", tokens=token_counter(tokenizer), tally=skipped))
+    chosen: StageName = stage or ("mqa" if any(example.turns for example in examples) else "pretrain")
+    # Answers are shown whole; texts are grouped to the limits.
+    limits = lengths if chosen == "pretrain" else (10**9, 10**9)
+    config = StageConfig(chosen, *limits, learning_rate=1.0, warmup_steps=0)
+    samples = samples_of(examples, tokenizer, config, task_tokens=names, seed=0)
+    drawn = [samples.sample(index, epoch=0) for index in range(len(samples))]
+    samples.tally.skipped += skipped.skipped
+    figures: dict[str, Any] = {"source": text, "stage": chosen, "examples": len(examples), **_figures(drawn, lengths)}
+    draw_lengths(Path(histogram), drawn, lengths, title=f"{text} ({chosen})")
+    if as_json:
+        print(json.dumps({**figures, "skipped": samples.tally.skipped, "histogram": histogram}, indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    for sample in drawn[:count]:
+        console.print(Rule(f"{sample.id}: {len(sample.context_ids):,} + {len(sample.input_ids):,} tokens", align="left"))
+        shown = str(tokenizer.decode(sample.context_ids))
+        console.print(Text(shown[:ABOUT] + (" …" if len(shown) > ABOUT else ""), style="dim"))
+        console.print(_marked(sample, tokenizer, colors=console.is_terminal and not console.no_color))
+    console.print(Rule(style="none"))
+    for name, value in figures.items():
+        print(f"{name.replace('_', ' '):24}{f'{value:,}' if isinstance(value, int) else value}")
+    for reason, number in samples.tally.skipped.items():
+        print(f"{'skipped':24}{number:,} ({reason})")
+    print(f"{'lengths drawn in':24}{histogram}")
+
+
+def _figures(samples: Sequence[Sample], lengths: tuple[int, int]) -> dict[str, Any]:
+    contexts = np.array([len(sample.context_ids) for sample in samples])
+    conversations = np.array([len(sample.input_ids) for sample in samples])
+    return {
+        "samples": len(samples),
+        "context_mean": round(float(contexts.mean()), 1),
+        "context_max": int(contexts.max()),
+        "conversation_mean": round(float(conversations.mean()), 1),
+        "conversation_max": int(conversations.max()),
+        "labels_mean": round(float(np.mean([sample.label_count for sample in samples])), 1),
+        "contexts_cut": int((contexts > lengths[0]).sum()),
+        "conversations_cut": int((conversations > lengths[1]).sum()),
+    }
+
+
+def _marked(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, colors: bool) -> Text:
+    """The conversation, its labels green and bold, or in brackets."""
+    text = Text()
+    begin = 0
+    for end in range(1, len(sample.labels) + 1):
+        if end == len(sample.labels) or (sample.labels[end] == IGNORE) != (sample.labels[begin] == IGNORE):
+            piece = str(tokenizer.decode(sample.input_ids[begin:end]))
+            if sample.labels[begin] == IGNORE:
+                text.append(piece)
+            else:
+                text.append(piece if colors else f"⟦{piece}⟧", style="bold green")
+            begin = end
+    return text
+
+
+def draw_lengths(file: Path, samples: Sequence[Sample], lengths: tuple[int, int], *, title: str) -> None:
+    """Histograms of context and conversation lengths in tokens, with their means and the limits where these are in sight."""
+    # Without pyplot, which would choose a window system.
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    found = {"context": [len(s.context_ids) for s in samples], "conversation": [len(s.input_ids) for s in samples]}
+    for axes, (name, values), limit, color in zip(panels, found.items(), lengths, ("#30638e", "#d1495b"), strict=True):
+        # The longest hundredth would squeeze all others together.
+        edge = max(float(np.percentile(values, 99)) * 1.05, 1.0)
+        # Of a whole number of tokens each, so that none is empty by rounding.
+        width = max(round((edge - min(values)) / 40), 1)
+        axes.hist(np.minimum(values, edge), bins=np.arange(min(values), edge + 2 * width, width), color=color, alpha=0.85)
+        axes.axvline(
+            float(np.mean(values)), color="black", linewidth=1.2, label=f"mean {np.mean(values):,.0f}, most {max(values):,}"
+        )
+        if limit <= edge:
+            axes.axvline(limit, color="black", linewidth=1.2, linestyle=":", label=f"limit {limit:,}")
+        axes.set(xlabel=f"{name} tokens", ylabel="samples")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.suptitle(title, fontsize=11)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)

@@ -1,0 +1,171 @@
+"""What is wrong with a file is said with the file and the line, row or item; or counted where the source allows it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from shine.config import SourceConfig
+from shine.data.sources import read_source
+from shine.data.tally import Tally
+
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+GOOD: dict[str, dict[str, Any]] = {
+    "jsonl": {"context": "c", "turns": [{"question": "q", "answers": ["a"]}]},
+    "conversations": {"context": "c", "conversations": TURNS},
+    "msmarco-mqa": {"query_id": 1, "context": "c", "conversations": [{"question": "q", "answer": "a"}]},
+    "squad": {"id": "1", "context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [0]}},
+    "race": {"example_id": "1", "article": "c", "question": "q", "options": ["a", "b", "c", "d"], "answer": "A"},
+    "hotpotqa": {"id": "1", "question": "q", "answer": "a", "context": {"title": ["t"], "sentences": [["s"]]}},
+    "2wiki": {"_id": "1", "question": "q", "answer": "a", "context": [["t", ["s"]]]},
+    "musique": {"id": "1", "question": "q", "answer": "a", "answer_aliases": [], "paragraphs": [{"title": "t", "paragraph_text": "p"}]},
+    "msmarco": {"query": "q", "query_id": 1, "answers": ["a"], "passages": {"passage_text": ["p"], "is_selected": [1]}},
+    "text": {"text": "c"},
+    "wikitext": {"text": "c"},
+}
+NO_LETTER: list[tuple[str, dict[str, Any], str]] = [
+    ("jsonl", {"context": 3}, "context is 3, not a text"),
+    ("jsonl", {"context": " "}, '"context" must be a text that is not empty'),
+    ("jsonl", {"turns": [{"question": "q", "answers": [" "]}]}, "answers is .*not a list of texts that are not empty"),
+    ("jsonl", {"turns": ["q"]}, 'each turn needs a "question"'),
+    ("conversations", {"context": None}, "context is None, not a text"),
+    ("conversations", {"context": ...}, '"context" is missing'),
+    ("conversations", {"conversations": ...}, '"conversations" is missing'),
+    ("conversations", {"conversations": "q"}, "conversations is 'q', not a list"),
+    ("conversations", {"conversations": {}}, "conversations is {}, not a list"),
+    ("conversations", {"conversations": ["q"]}, 'message 1: "content" is None'),
+    ("conversations", {"conversations": [TURNS[0], {"role": "assistant", "content": ""}]}, "message 2: \"content\" is ''"),
+    ("conversations", {"conversations": [TURNS[0], {"role": "assistant", "content": 5}]}, 'message 2: "content" is 5'),
+    ("conversations", {"conversations": TURNS[::-1]}, "message 1: \"role\" is 'assistant', not 'user'"),
+    ("conversations", {"conversations": [TURNS[0], TURNS[0]]}, "message 2: \"role\" is 'user', not 'assistant'"),
+    ("conversations", {"conversations": [{"role": "system", "content": "s"}]}, "message 1: \"role\" is 'system', not 'user'"),
+    ("msmarco-mqa", {"conversations": [{"question": "q"}]}, "answer is .None., not a list of texts"),
+    ("msmarco-mqa", {"conversations": [{"question": "", "answer": "a"}]}, 'each turn needs a "question"'),
+    ("msmarco-mqa", {"conversations": [{"question": "q", "answer": " "}]}, "answer is"),
+    ("squad", {"answers": ["a"]}, "answers is .'a'., not a table"),
+    ("squad", {"answers": {"text": [""]}}, "answers is"),
+    ("squad", {"answers": {"text": "a"}}, "answers is 'a'"),
+    ("squad", {"question": None}, "question is None, not a text"),
+    ("squad", {"id": ...}, '"id" is missing'),
+    ("race", {"answer": "E"}, "the answer is 'E', not one of A, B, C, D"),
+    ("race", {"options": ["a", ""]}, "options is"),
+    ("race", {"options": "abcd"}, "options is 'abcd', not a list"),
+    ("hotpotqa", {"context": {"title": ["t"]}}, "context is .*not titles with their sentences"),
+    ("hotpotqa", {"context": {"title": ["t"], "sentences": ["s"]}}, "context is"),
+    ("hotpotqa", {"answer": ""}, "answer is"),
+    ("2wiki", {"context": "[[1"}, "context is not JSON"),
+    ("2wiki", {"context": [["t"]]}, "context is .*not titles with their sentences"),
+    ("2wiki", {"context": []}, "context is .*not titles with their sentences"),
+    ("musique", {"paragraphs": [{"title": "t"}]}, 'needs a "paragraph_text"'),
+    ("musique", {"answer_aliases": [1]}, "answer_aliases is"),
+    ("msmarco", {"passages": {"passage_text": [None]}}, "passages is"),
+    ("msmarco", {"passages": []}, "passages is .*not a table"),
+    ("msmarco", {"answers": "a"}, "answers is 'a', not a list"),
+    ("text", {"text": 7}, "text is 7, not a text"),
+    ("wikitext", {"text": ["a"]}, "text is"),
+]
+
+
+def changed(kind: str, changes: dict[str, Any]) -> dict[str, Any]:
+    row = {**GOOD[kind], **changes}
+    return {name: value for name, value in row.items() if value is not ...}
+
+
+@pytest.mark.parametrize(("kind", "changes", "message"), NO_LETTER)
+def test_a_bad_row_is_named_or_counted(tmp_path: Path, kind: str, changes: dict[str, Any], message: str) -> None:
+    file = tmp_path / "train.jsonl"
+    rows = [GOOD[kind], changed(kind, changes), {**GOOD[kind], "context": "d"} if kind == "jsonl" else GOOD[kind]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=f"{re.escape(str(file))}:2.*{message}"):
+        list(read_source(SourceConfig(kind, str(file))))
+    tally = Tally()
+    found = list(read_source(SourceConfig(kind, str(file), malformed="skip"), tally=tally))
+    assert tally.skipped == {"malformed": 1}
+    assert f"{file}:2" in tally.first_skipped["malformed"]
+    assert found == list(read_source(SourceConfig(kind, str(without_line_2(file)))))
+
+
+def without_line_2(file: Path) -> Path:
+    lines = file.read_text().splitlines(keepends=True)
+    # A name of its own in the same folder, so that ids made of places differ in nothing but the folder's file.
+    file.write_text(lines[0] + "\n" + lines[2])
+    return file
+
+
+def lines(*parts: bytes) -> bytes:
+    return b"".join(part + b"\n" for part in parts)
+
+
+ROW = json.dumps(GOOD["conversations"]).encode()
+FILES: list[tuple[str, bytes, str]] = [
+    ("f.jsonl", lines(ROW, b"{", ROW), r"f.jsonl:2: not JSON \(.* at column \d+\)"),
+    ("f.jsonl", lines(ROW, ROW[:-9]), "f.jsonl:2: not JSON"),
+    ("f.jsonl", lines(ROW, b"caf\xe9"), r"f.jsonl:2: not UTF-8 \(byte 3 of the line\)"),
+    ("f.jsonl", lines(ROW, b"[]"), r"f.jsonl:2: \[\] is not a JSON object"),
+    ("f.jsonl", lines(ROW, b"null"), "f.jsonl:2: None is not a JSON object"),
+    ("f.jsonl", lines(ROW, b"NaN"), "f.jsonl:2: nan is not a JSON object"),
+    ("f.jsonl", lines(ROW, b"[" * 100_000), "f.jsonl:2: not JSON"),
+    ("f.json", b"[" + ROW + b"," + ROW[:-5], "f.json: damaged after item 1"),
+    ("f.json", b"[" + ROW + b" " + ROW + b"]", "f.json: damaged after item 1"),
+    ("f.json", b"[" + ROW + b',"caf\xe9"]', "f.json: damaged after item 1"),
+    ("f.json", b"[" + ROW + b",5]", "f.json, item 2: 5 is not a JSON object"),
+    ("f.jsonl.gz", gzip.compress(lines(ROW) * 5000)[:-200], "f.jsonl.gz: damaged after line [1-9]"),
+    ("f.jsonl.gz", b"no gzip at all", "f.jsonl.gz: damaged after its beginning"),
+    ("f.json.gz", gzip.compress(b"[" + ROW + b"]")[:20], "f.json.gz: damaged after its beginning"),
+    ("f.parquet", b"PAR1 not really PAR1", "f.parquet: damaged after row 0"),
+    ("f.parquet", b"", "f.parquet: damaged after row 0"),
+    ("f.csv", b"context\nx\n", "f.csv: cannot be read; convert it"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), FILES)
+def test_a_damaged_file_is_named_with_the_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        list(read_source(SourceConfig("conversations", str(tmp_path / name))))
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def spoil_the_middle(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 400] = b"\xff" * 400
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("spoil", [cut, spoil_the_middle])
+def test_a_truncated_or_spoiled_parquet_file_is_named(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    file = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"text": [f"{n} {n * 7919 % 104729}" for n in range(5000)]}), file, row_group_size=500)
+    spoil(file)
+    with pytest.raises(ValueError, match=r"train.parquet: damaged after row \d+ .*download or write it again"):
+        list(read_source(SourceConfig("text", str(file))))
+
+
+def test_a_file_that_cannot_be_read_on_is_an_error_also_where_rows_may_be_skipped(tmp_path: Path) -> None:
+    file = tmp_path / "f.json"
+    file.write_bytes(b"[" + ROW + b"," + ROW[:-5])
+    with pytest.raises(ValueError, match="damaged after item 1"):
+        list(read_source(SourceConfig("conversations", str(file), malformed="skip")))
+
+
+def test_every_malformed_row_is_counted(tmp_path: Path) -> None:
+    file = tmp_path / "f.jsonl"
+    file.write_bytes(lines(b"{", ROW, b"\xff", b"5", ROW))
+    tally = Tally()
+    found = list(read_source(SourceConfig("conversations", str(file), malformed="skip"), tally=tally))
+    assert len(found) == 2
+    assert tally.skipped == {"malformed": 3}
+    assert "f.jsonl:1: not JSON" in tally.first_skipped["malformed"]
