@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import FrozenInstanceError, is_dataclass
+from dataclasses import FrozenInstanceError, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -20,11 +21,13 @@ from shine.config import (
     EvaluationConfig,
     HypernetworkConfig,
     M2PConfig,
+    SourceConfig,
     TaskTokens,
     TrainConfig,
     parse,
     unknown_key,
 )
+from shine.data.sources import READERS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DOORS: dict[str, type[Any]] = {
@@ -266,7 +269,26 @@ CHOICES = [
 
 
 def test_every_folder_of_configs_is_a_group_that_some_door_reads() -> None:
-    assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} <= set().union(*map(groups_of, DOORS))
+    read = set().union(*map(groups_of, DOORS))
+    for file in (CONFIGS / "data").rglob("*.yaml"):
+        entries = yaml.safe_load(file.read_text()).get("defaults", [])
+        read |= {key.split("@")[0].strip("/").split("/")[0] for entry in entries if isinstance(entry, dict) for key in entry}
+    assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} <= read
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (CONFIGS / "source").glob("*.yaml")))
+def test_every_source_can_be_added_to_a_run_and_says_all_its_keys(name: str) -> None:
+    config = composed("train", f"+source@data.train.more={name}", "data.train.more.path=/x/y")
+    assert config.data.train["more"].path == "/x/y"
+    written = yaml.safe_load((CONFIGS / "source" / f"{name}.yaml").read_text())
+    assert set(written) == {field.name for field in fields(SourceConfig)}
+    taken = inspect.signature(READERS[written["kind"]]).parameters
+    assert set(written["options"]) <= {option.name for option in taken.values() if option.kind is option.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_passages_train_every_stage(stage: str) -> None:
+    assert composed("train", f"stage={stage}", f"data=passages/{stage}").data.train
 
 
 @pytest.mark.parametrize(("door", "group", "choice"), CHOICES)
@@ -423,3 +445,14 @@ def test_tokens_and_methods_that_repeat_are_refused() -> None:
         TaskTokens("<a>", "<a>", "<b>")
     with pytest.raises(ValueError, match=r"methods=\['shine', 'shine'\]: .*each once"):
         composed("test", "methods=[shine,shine]")
+
+
+def test_what_is_downloaded_lies_where_the_configuration_reads_it() -> None:
+    catalogue = yaml.safe_load((CONFIGS / "downloads.yaml").read_text())
+    folders = {item["folder"] for item in (catalogue["data"] | catalogue["models"]).values()}
+    paths = [yaml.safe_load(file.read_text())["path"] for file in (CONFIGS / "source").glob("*.yaml")]
+    paths += [yaml.safe_load(file.read_text())["path"] for file in (CONFIGS / "backbone").glob("qwen3*.yaml")]
+    read = [path.replace("${oc.env:SHINE_DATA,data}", "data") for path in paths if path not in (None, "???")]
+    # WikiText has no licence that would let it train here; it is only measured on, by those who have it.
+    missing = [path for path in read if "wikitext" not in path and not any(path.startswith(folder) for folder in folders)]
+    assert missing == []
