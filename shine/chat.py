@@ -29,6 +29,22 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """Questions with their answers so far; a value: `then` gives a longer one."""
+
+    turns: tuple[tuple[str, str], ...] = ()
+
+    def then(self, question: str, answer: str) -> Conversation:
+        """This conversation with one more turn."""
+        return Conversation((*self.turns, (question, answer)))
+
+    def asking(self, question: str) -> list[Message]:
+        """The messages up to and with the next question."""
+        said = [message for asked, answer in self.turns for message in (Message("user", asked), Message("assistant", answer))]
+        return [*said, Message("user", question)]
+
+
+@dataclass(frozen=True)
 class EncodedConversation:
     """Token ids and labels of a conversation, both ``[T]``; ``dropped`` tokens were cut at its end to fit."""
 

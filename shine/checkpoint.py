@@ -5,13 +5,10 @@ Ours holds ``config.json`` (written last) and ``hypernetwork.safetensors``. For 
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from torch import Tensor
 import shine
 from shine.backbone import Backbone
 from shine.config import BackboneConfig, HypernetworkConfig, parse
+from shine.files import written_beside as written_beside  # checkpoints are written with it
 from shine.fingerprint import Fingerprint
 from shine.hypernetwork import Hypernetwork
 from shine.released import RELEASED_FILES, is_released, read_released
@@ -41,6 +39,7 @@ class CheckpointInfo:
         stages: those behind it, oldest first.
         fingerprint: of the backbone it was trained on.
         revision: the hub's commit of that backbone, where it came from there.
+        context_length: most tokens of a context in the last stage; ``None`` in checkpoints that were written before this was kept.
     """
 
     backbone: BackboneConfig
@@ -48,6 +47,7 @@ class CheckpointInfo:
     stages: tuple[str, ...] = ()
     fingerprint: Fingerprint | None = None
     revision: str | None = None
+    context_length: int | None = None
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -100,6 +100,7 @@ def read_info(path: str | Path) -> CheckpointInfo | None:
     if values.get("format") != FORMAT:
         raise ValueError(f"{file}: format {values.get('format')!r}, this version of shine reads {FORMAT}: upgrade shine")
     try:
+        values.setdefault("context_length", None)
         return parse(CheckpointInfo, {field.name: values[field.name] for field in fields(CheckpointInfo)})
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
@@ -242,36 +243,3 @@ def output_folder(path: str | Path) -> Path:
         reason = "cannot be written" if there.is_dir() else "is a file"
         raise ValueError(f"output={folder}: {there} {reason}; choose another folder")
     return folder
-
-
-@contextmanager
-def written_beside(directory: Path) -> Iterator[Path]:
-    """A fresh folder to write into, renamed to ``directory`` when the block ends well, so that no half-written one is ever seen.
-
-    What was written is on the disk before the name appears. An earlier ``directory`` gives way just before.
-    """
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            _flush(path)
-        if directory.exists():
-            shutil.rmtree(directory)
-        temporary.rename(directory)
-        _flush(directory.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk; a file system that cannot flush folders says so and is believed."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(descriptor)

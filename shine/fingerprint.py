@@ -1,14 +1,18 @@
-"""Which model a hypernetwork was trained on: a fingerprint of its configuration, its tokenizer and some of its weights."""
+"""Which model a hypernetwork was trained on, and which hypernetwork made a LoRA: fingerprints of shapes, vocabulary and weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shine.config import HypernetworkConfig
 
 _SHAPE = (
     "model_type",
@@ -43,6 +47,12 @@ class Fingerprint:
     def __str__(self) -> str:
         return f"{self.config}-{self.tokenizer}-{self.weights}"
 
+    @classmethod
+    def parse(cls, text: str) -> Fingerprint:
+        """What ``str`` made of a fingerprint."""
+        config, tokenizer, weights = text.split("-")
+        return cls(config, tokenizer, weights)
+
     def is_variant_of(self, other: Fingerprint) -> bool:
         """The same architecture and vocabulary with other weights."""
         return (self.config, self.tokenizer) == (other.config, other.tokenizer) and self.weights != other.weights
@@ -53,13 +63,27 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> F
     """The fingerprint of a model and its tokenizer as they are in memory."""
     config = {name: getattr(model.config, name, None) for name in _SHAPE}
     config["rope_theta"] = (getattr(model.config, "rope_parameters", None) or {}).get("rope_theta")
-    weights = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.dim() == 2:
-            flat = parameter.detach().flatten()
-            sample = flat[:: max(flat.numel() // _SAMPLES, 1)][:_SAMPLES].to("cpu", torch.bfloat16)
-            weights.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
-    return Fingerprint(_short(config), _short(sorted(tokenizer.get_vocab().items())), weights.hexdigest()[:12])
+    matrices = ((name, parameter) for name, parameter in model.named_parameters() if parameter.dim() == 2)
+    return Fingerprint(_short(config), _short(sorted(tokenizer.get_vocab().items())), _short_of_weights(matrices))
+
+
+@torch.no_grad()
+def hypernetwork_fingerprint(config: HypernetworkConfig, weights: Mapping[str, Tensor]) -> str:
+    """Of a hypernetwork's shape and of some values of every tensor, rounded to bfloat16: ``config-weights``.
+
+    Args:
+        weights: its ``state_dict``, or the tensors of its checkpoint in whatever type they are stored.
+    """
+    return f"{_short(asdict(config))}-{_short_of_weights(weights.items())}"
+
+
+def _short_of_weights(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(flat.numel() // _SAMPLES, 1)][:_SAMPLES].to("cpu", torch.bfloat16)
+        digest.update(name.encode() + sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _short(value: Any) -> str:

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from shine.adapter_files import read_adapter, write_adapter
+from shine.provenance import Provenance
 
 LAYOUTS = ("rl", "lr", "rr", "ll")
 
@@ -39,9 +43,16 @@ class LoRA(Mapping[str, tuple[Tensor, Tensor]]):
     """A LoRA for every target linear: module path -> ``(A [B, in, r], B [B, r, out])``.
 
     A value: no method changes the object it is called on.
+
+    Attributes:
+        provenance: for each sample, where the spans of its rank come from; empty where that is not known, as in training.
     """
 
     weights: Mapping[str, tuple[Tensor, Tensor]]
+    provenance: tuple[tuple[Provenance, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        assert not self.provenance or len(self.provenance) == self.batch
 
     def __getitem__(self, path: str) -> tuple[Tensor, Tensor]:
         return self.weights[path]
@@ -63,21 +74,34 @@ class LoRA(Mapping[str, tuple[Tensor, Tensor]]):
         """Number of adapters side by side."""
         return next(iter(self.weights.values()))[0].shape[0]
 
+    @property
+    def rank(self) -> int:
+        """The largest rank of any linear."""
+        return max(a.shape[2] for a, _ in self.values())
+
     def scale(self, strength: float) -> LoRA:
         """The update times ``strength`` (only ``B`` is scaled, so that the update is linear in it)."""
-        return LoRA({path: (a, b * strength) for path, (a, b) in self.items()})
+        scaled = tuple(tuple(replace(p, strength=p.strength * strength) for p in spans) for spans in self.provenance)
+        return LoRA({path: (a, b * strength) for path, (a, b) in self.items()}, scaled)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LoRA:
+        """The same update on another device or in another type."""
+        return LoRA({path: (a.to(device, dtype), b.to(device, dtype)) for path, (a, b) in self.items()}, self.provenance)
 
     def select(self, samples: Sequence[int] | Tensor) -> LoRA:
         """The adapters of the given samples, in that order; a sample may be taken several times."""
         index = torch.as_tensor(samples, dtype=torch.long, device=next(iter(self.values()))[0].device)
-        return LoRA({path: (a.index_select(0, index), b.index_select(0, index)) for path, (a, b) in self.items()})
+        chosen = tuple(self.provenance[sample] for sample in index.tolist()) if self.provenance else ()
+        return LoRA({path: (a.index_select(0, index), b.index_select(0, index)) for path, (a, b) in self.items()}, chosen)
 
     @staticmethod
     def concat(loras: Sequence[LoRA]) -> LoRA:
         """One LoRA whose update is the exact sum of the updates: ranks are laid side by side.
 
+        Where one of them is of unknown origin, so is the sum.
+
         Raises:
-            ValueError: no LoRA was given, or they do not touch the same linears.
+            ValueError: no LoRA was given, or they do not touch the same linears, or differ in batch.
         """
         if not loras:
             raise ValueError("nothing to concatenate: give at least one LoRA")
@@ -87,11 +111,21 @@ class LoRA(Mapping[str, tuple[Tensor, Tensor]]):
                 raise ValueError(
                     f"these LoRAs do not touch the same linears ({odd} is in one only): make them with one hypernetwork"
                 )
+            if other.batch != loras[0].batch:
+                raise ValueError(
+                    f"a batch of {other.batch} adapters cannot be added to one of {loras[0].batch}: take single ones with "
+                    "lora.select([i])"
+                )
+        known = all(lora.provenance for lora in loras)
+        joined = tuple(
+            tuple(p for spans in sample for p in spans) for sample in zip(*(lora.provenance for lora in loras), strict=True)
+        )
         return LoRA(
             {
                 path: (torch.cat([lora[path][0] for lora in loras], dim=2), torch.cat([lora[path][1] for lora in loras], dim=1))
                 for path in loras[0]
-            }
+            },
+            joined if known else (),
         )
 
     @staticmethod
@@ -101,8 +135,36 @@ class LoRA(Mapping[str, tuple[Tensor, Tensor]]):
             {
                 path: (torch.cat([lora[path][0] for lora in loras]), torch.cat([lora[path][1] for lora in loras]))
                 for path in loras[0]
-            }
+            },
+            sum((lora.provenance for lora in loras), ()) if all(lora.provenance for lora in loras) else (),
         )
+
+    def save(self, directory: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+        """Write the adapter as a folder: ``config.json`` with its provenance and ``lora.safetensors``.
+
+        The folder appears whole or not at all; an adapter that is there already gives way.
+
+        Args:
+            dtype: store the weights in this type instead of their own.
+
+        Raises:
+            ValueError: this is more than one adapter, or the folder holds something else.
+            OSError: the folder cannot be written.
+        """
+        if self.batch != 1:
+            raise ValueError(f"this is {self.batch} adapters side by side: save each, lora.select([i]).save(...)")
+        tensors = {path: (a[0].to("cpu", dtype), b[0].to("cpu", dtype)) for path, (a, b) in self.items()}
+        return write_adapter(Path(directory).expanduser(), tensors, self.provenance[0] if self.provenance else ())
+
+    @staticmethod
+    def load(directory: str | Path) -> LoRA:
+        """The adapter that `save` wrote, batch one, on the CPU.
+
+        Raises:
+            ValueError: there is none, or it is damaged or of a newer format.
+        """
+        tensors, provenance = read_adapter(Path(directory).expanduser())
+        return LoRA({path: (a[None], b[None]) for path, (a, b) in tensors.items()}, (provenance,) if provenance else ())
 
     def cosine(self) -> Tensor:
         """Cosine between the updates of every two samples, over all linears together, ``[B, B]``.

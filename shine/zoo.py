@@ -101,7 +101,7 @@ def resolve(path: str) -> str:
         return str(folder)
     if folder.is_file():
         raise ValueError(f"{path} is a file: give the folder that holds config.json, the safetensors and the tokenizer")
-    if _looks_like_hub_id(path):
+    if looks_like_hub_id(path):
         return path
     if "/" in path:
         raise ValueError(f"there is no folder {path}: download it with `{_download_command(path)}`, or change backbone.path")
@@ -111,7 +111,8 @@ def resolve(path: str) -> str:
     raise ValueError(f"no backbone is called {path!r}: {guess}Give one of {', '.join(known)}, a folder, or a hub id (owner/name)")
 
 
-def _looks_like_hub_id(path: str) -> bool:
+def looks_like_hub_id(path: str) -> bool:
+    """Whether this is ``owner/name`` rather than a folder of this repository that is missing."""
     match = re.fullmatch(r"([A-Za-z0-9][\w.-]*)/[A-Za-z0-9][\w.-]*", path)
     return match is not None and match[1] not in _LOCAL_OWNERS
 

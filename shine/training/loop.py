@@ -106,7 +106,7 @@ class _Run:
             shard_backbone(backbone, ranks, find_device(config.backbone.device))
         self.hypernetwork, before = start_hypernetwork(config, backbone, found=found, start=start)
         stages, revision = (*before, stage.name), getattr(backbone.model.config, "_commit_hash", None)
-        self.info = CheckpointInfo(config.backbone, self.hypernetwork.config, stages, found, revision)
+        self.info = CheckpointInfo(config.backbone, self.hypernetwork.config, stages, found, revision, stage.context_length)
         if config.engine == "fsdp" and ranks.size > 1:
             shard(self.hypernetwork, ranks)
         self.optimizer = build_optimizer(self.hypernetwork, stage)
