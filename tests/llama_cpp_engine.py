@@ -86,7 +86,9 @@ def write_model(model: PreTrainedModel, file: Path) -> None:
             continue
         stem, _, last = name.rpartition(".")
         if kind is gguf.MODEL_ARCH.LLAMA and stem.endswith((".q_proj", ".k_proj")):
-            rows = [start + offset for start in range(0, len(weight), head) for i in range(head // 2) for offset in (i, i + head // 2)]
+            rows = [
+                start + offset for start in range(0, len(weight), head) for i in range(head // 2) for offset in (i, i + head // 2)
+            ]
             weight = weight[rows]
         writer.add_tensor(f"{names.get_name(stem)}.{last}", weight.float().numpy())
     writer.write_header_to_file()

@@ -21,7 +21,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         examples="shine fetch smollm2-135m\nshine fetch smollm2-135m --gguf models",
     )
     parser.add_argument("name", metavar="NAME", help="for instance smollm2-135m")
-    parser.add_argument("--gguf", metavar="FOLDER", type=Path, help="put its GGUF file, for llama.cpp and Ollama, into FOLDER instead")
+    parser.add_argument("--gguf", metavar="FOLDER", type=Path, help="put its GGUF file, for llama.cpp, into FOLDER instead")
     parser.set_defaults(run=_fetch)
 
 

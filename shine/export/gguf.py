@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import gguf
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from shine.chat import END, END_OF_TEXT, START
-from shine.export.ranks import largest_rank, padded
+from shine.export.ranks import padded
+from shine.files import may_replace, written_beside
 from shine.lora import LoRA
 
 ADAPTER_FILE, MODELFILE = "adapter.gguf", "Modelfile"
+CONTEXTS_KEY = "shine.contexts"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def gguf_tensors(lora: LoRA, config: PretrainedConfig) -> dict[str, Tensor]:
     architecture = ARCHITECTURES[config.model_type]
     names = gguf.get_tensor_name_map(architecture.kind, config.num_hidden_layers)
     tensors = {}
-    for path, (a, b) in padded(lora, largest_rank(lora)).items():
+    for path, (a, b) in padded(lora, lora.rank).items():
         name = names.get_name(path)
         if name is None:
             raise ValueError(f"llama.cpp knows no linear {path} in a {config.model_type} model: export to peft instead")
@@ -79,34 +79,36 @@ def gguf_tensors(lora: LoRA, config: PretrainedConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def write_gguf(
-    lora: LoRA, folder: Path, *, config: PretrainedConfig, base: str, provenance: Mapping[str, Any] | None = None
-) -> None:
-    """Write ``adapter.gguf`` and a ``Modelfile`` into ``folder``, which is there and empty (see `written_beside`).
+def write_gguf(lora: LoRA, directory: Path, *, config: PretrainedConfig, base: str) -> None:
+    """Write a folder of ``adapter.gguf`` and a ``Modelfile``; it appears whole or not at all.
+
+    Where the adapter comes from is kept in the file, as JSON under ``shine.contexts``.
 
     Args:
         config: of the backbone.
         base: what Ollama builds on: the backbone's GGUF file, or its name in Ollama.
-        provenance: kept in the file under ``shine.provenance``, as JSON.
 
     Raises:
-        ValueError: see `gguf_tensors`.
+        ValueError: see `gguf_tensors`; or there is something else in the folder.
+        OSError: the folder cannot be written.
     """
+    may_replace(directory, names=frozenset((ADAPTER_FILE, MODELFILE)), what="adapter")
     tensors = gguf_tensors(lora, config)
-    writer = gguf.GGUFWriter(os.fspath(folder / ADAPTER_FILE), gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type].kind])
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    # The scale is in B already, so alpha is the rank and their quotient one.
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(largest_rank(lora)))
-    if provenance is not None:
-        writer.add_string("shine.provenance", json.dumps(provenance))
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    (folder / MODELFILE).write_text(modelfile(base=base), encoding="utf-8")
+    with written_beside(directory) as folder:
+        writer = gguf.GGUFWriter(os.fspath(folder / ADAPTER_FILE), gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type].kind])
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        # The scale is in B already, so alpha is the rank and their quotient one.
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(lora.rank))
+        if lora.provenance:
+            writer.add_string(CONTEXTS_KEY, json.dumps([asdict(span) for span in lora.provenance[0]]))
+        for name, tensor in tensors.items():
+            writer.add_tensor(name, tensor.numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        (folder / MODELFILE).write_text(modelfile(base=base), encoding="utf-8")
 
 
 def modelfile(*, base: str, adapter: str = f"./{ADAPTER_FILE}") -> str:

@@ -7,17 +7,13 @@ from torch.nn import functional as F
 from shine.lora import LoRA
 
 
-def largest_rank(lora: LoRA) -> int:
-    """The widest pair's rank; where LoRAs were joined, narrow linears may have less."""
-    return max(a.shape[2] for a, _ in lora.values())
-
-
 def padded(lora: LoRA, rank: int) -> LoRA:
     """The same update with ``rank`` columns in every ``A [B, in, r]`` and rows in every ``B [B, r, out]``: the new ones are zero.
 
     Raises:
         ValueError: a pair has more than ``rank``; zeros can only be added.
     """
-    if (found := largest_rank(lora)) > rank:
-        raise ValueError(f"rank {found} does not fit into {rank}: padding adds zeros and never cuts; choose a larger rank")
-    return LoRA({path: (F.pad(a, (0, rank - a.shape[2])), F.pad(b, (0, 0, 0, rank - b.shape[1]))) for path, (a, b) in lora.items()})
+    if lora.rank > rank:
+        raise ValueError(f"rank {lora.rank} does not fit into {rank}: padding adds zeros and never cuts; choose a larger rank")
+    pairs = {path: (F.pad(a, (0, rank - a.shape[2])), F.pad(b, (0, 0, 0, rank - b.shape[1]))) for path, (a, b) in lora.items()}
+    return LoRA(pairs, lora.provenance)
