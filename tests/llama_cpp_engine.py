@@ -86,9 +86,8 @@ def write_model(model: PreTrainedModel, file: Path) -> None:
             continue
         stem, _, last = name.rpartition(".")
         if kind is gguf.MODEL_ARCH.LLAMA and stem.endswith((".q_proj", ".k_proj")):
-            rows = [
-                start + offset for start in range(0, len(weight), head) for i in range(head // 2) for offset in (i, i + head // 2)
-            ]
+            half = head // 2
+            rows = [start + row for start in range(0, len(weight), head) for i in range(half) for row in (i, i + half)]
             weight = weight[rows]
         writer.add_tensor(f"{names.get_name(stem)}.{last}", weight.float().numpy())
     writer.write_header_to_file()
