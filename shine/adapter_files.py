@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -78,4 +78,24 @@ def read_provenance(directory: Path) -> tuple[Provenance, ...]:
     try:
         return tuple(parse(Provenance, span) for span in values["contexts"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {error}; encode the context again") from None
+        problem = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{file}: its record of a context does not hold ({problem}); encode the context again") from None
+
+
+def read_shapes(directory: Path) -> dict[str, Any]:
+    """Rank, number of linears, number of values and type of an adapter's weights, without reading them."""
+    file = directory / WEIGHTS_FILE
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = tensors.keys()
+            slices = {name: tensors.get_slice(name) for name in names}
+            shapes = {name: piece.get_shape() for name, piece in slices.items()}
+            dtype = next(iter(slices.values())).get_dtype()
+    except (SafetensorError, OSError, StopIteration) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); encode the context again") from None
+    return {
+        "rank": max(shape[1] for name, shape in shapes.items() if name.endswith(".A")),
+        "linears": len(shapes) // 2,
+        "parameters": sum(shape[0] * shape[1] for shape in shapes.values()),
+        "dtype": dtype,
+    }

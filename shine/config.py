@@ -220,6 +220,8 @@ class TrainConfig:
 class PromptConfig:
     """What the baselines see. ``{context}`` and ``{question}`` are filled in.
 
+    The defaults are those of ``configs/prompts/default.yaml``, for commands of an installed SHINE, which has no ``configs/``.
+
     Attributes:
         system: the system turn of both baselines; empty leaves the turn out.
         in_context: the user turn of In-Context's first question; later questions stand alone.
@@ -227,7 +229,7 @@ class PromptConfig:
         complete: likewise for a completion.
     """
 
-    system: str
+    system: str = "Answer the question with the answer alone."
     in_context: str = "{context}\n\n{question}"
     repeat: str = "Repeat the text above, word for word."
     complete: str = "Write the text above once more, word for word, and continue it to its end."

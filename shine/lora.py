@@ -166,6 +166,54 @@ class LoRA(Mapping[str, tuple[Tensor, Tensor]]):
         tensors, provenance = read_adapter(Path(directory).expanduser())
         return LoRA({path: (a[None], b[None]) for path, (a, b) in tensors.items()}, (provenance,) if provenance else ())
 
+    def spans(self) -> list[LoRA]:
+        """The contexts that one joined adapter holds, as adapters of their own; their `concat` is this one again.
+
+        Each is the span of the rank that its provenance tells; on a linear whose full rank is smaller than the span that full rank.
+
+        Raises:
+            ValueError: the origin of this adapter is not known, or it is several side by side.
+        """
+        if len(self.provenance) != 1:
+            raise ValueError("only a single adapter of known origin can be taken apart")
+        parts = []
+        starts = dict.fromkeys(self, 0)
+        for span in self.provenance[0]:
+            weights = {}
+            for path, (a, b) in self.items():
+                start, width = starts[path], min(span.rank, a.shape[1], b.shape[2])
+                weights[path] = (a[:, :, start : start + width], b[:, start : start + width])
+                starts[path] += width
+            parts.append(LoRA(weights, ((span,),)))
+        return parts
+
+    def reduce(self, rank: int) -> tuple[LoRA, float]:
+        """The nearest update of at most this rank, and the share of the squared norm that is left, from 0 to 1.
+
+        Exact, up to rounding, on a linear whose update has no higher rank. Spans of several contexts cannot be told apart any more,
+        so that only what comes from one context keeps its provenance.
+        """
+        weights: dict[str, tuple[Tensor, Tensor]] = {}
+        kept = total = 0.0
+        for path, (a, b) in self.items():
+            limit = min(rank, a.shape[1], b.shape[2])
+            work = torch.promote_types(a.dtype, torch.float32)
+            (q_a, r_a), (q_b, r_b) = torch.linalg.qr(a.to(work)), torch.linalg.qr(b.to(work).mT)
+            u, singular, v = torch.linalg.svd(r_a @ r_b.mT, full_matrices=False)
+            kept += float(singular[:, :limit].square().sum())
+            total += float(singular.square().sum())
+            if a.shape[2] <= limit:
+                weights[path] = (a, b)
+                continue
+            root = singular[:, :limit].sqrt()
+            left, right = q_a @ u[:, :, :limit] * root[:, None, :], root[:, :, None] * (v[:, :limit] @ q_b.mT)
+            weights[path] = (left.to(a.dtype), right.to(b.dtype))
+        share = kept / total if total else 1.0
+        alone = all(len(spans) == 1 for spans in self.provenance)
+        rank = min(rank, self.rank)
+        described = tuple((replace(spans[0], rank=rank, kept=spans[0].kept * share),) for spans in self.provenance) if alone else ()
+        return LoRA(weights, described), share
+
     def cosine(self) -> Tensor:
         """Cosine between the updates of every two samples, over all linears together, ``[B, B]``.
 
@@ -180,6 +228,20 @@ class LoRA(Mapping[str, tuple[Tensor, Tensor]]):
         assert isinstance(gram, Tensor)
         norm = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
         return gram / (norm[:, None] * norm[None, :])
+
+    def inner(self, other: LoRA) -> float:
+        """Inner product of two single updates over all linears, whatever their ranks; with itself the squared norm.
+
+        Raises:
+            ValueError: one is several adapters, or they do not touch the same linears.
+        """
+        if self.batch != 1 or other.batch != 1 or set(self) != set(other):
+            raise ValueError("only two single adapters of one backbone can be compared")
+        total = 0.0
+        for path, (a, b) in self.items():
+            other_a, other_b = (weight[0].to(a.device, torch.float64) for weight in other[path])
+            total += float(((a[0].double().T @ other_a) * (b[0].double() @ other_b.T)).sum())
+        return total
 
     def effective_rank(self) -> Tensor:
         """Mean over samples and linears of exp(entropy of the update's normalised singular values), between 1 and r.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import datetime
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,12 +28,12 @@ from shine.backbone import Backbone
 from shine.chat import Conversation, clean_answer, encode_prompt, stop_ids, token_ids
 from shine.checkpoint import check_backbone, find_checkpoint, load_hypernetwork, read_info
 from shine.config import BackboneConfig, HypernetworkConfig
-from shine.data.batching import pad_left
 from shine.fingerprint import Fingerprint, fingerprint, hypernetwork_fingerprint
 from shine.hypernetwork import Hypernetwork
 from shine.lora import LoRA
 from shine.provenance import ContextRecord, ModelRecord, Provenance, sha256
-from shine.zoo import ASSETS, load_backbone, looks_like_hub_id
+from shine.reading import Reader
+from shine.zoo import ASSETS, load_backbone, looks_like_hub_id, without_progress_bars
 
 SHIPPED_HYPERNETWORKS = {"cpu-world": ASSETS / "cpu-world" / "hypernetwork"}
 NOTHING_SAID = Conversation()
@@ -94,38 +94,73 @@ class Shine:
         if dtype is not None:
             config = replace(config, dtype=dtype)
         shape = info.hypernetwork if info is not None else hypernetwork or HypernetworkConfig()
-        held, tokenizer = load_backbone(config, targets=shape.targets)
+        with without_progress_bars():
+            held, tokenizer = load_backbone(config, targets=shape.targets)
         loaded = load_hypernetwork(directory, held, config=hypernetwork).eval().requires_grad_(False)
         check_backbone(directory, config=config, found=fingerprint(held.model, tokenizer))
         length = context_length or (info.context_length if info is not None else None) or CONTEXT_LENGTH
         return cls(held, tokenizer, loaded, config, str(path), length)
 
     @torch.no_grad()
-    def encode(self, contexts: str | Sequence[str], *, names: Sequence[str | None] | None = None, keep_text: bool = False) -> LoRA:
+    def encode(
+        self,
+        contexts: str | Sequence[str],
+        *,
+        names: Sequence[str | None] | None = None,
+        long: Literal["split", "cut"] = "split",
+        overlap: int | None = None,
+        max_rank: int | None = None,
+        batch_size: int = 8,
+        keep_text: bool = False,
+        progress: Callable[[int], object] | None = None,
+    ) -> LoRA:
         """Read each context once and write it into a LoRA.
 
+        A context of more than ``context_length`` tokens is read in pieces, ``batch_size`` at a time, and the updates are added: the
+        rank is the sum of theirs, at most full rank. The hypernetwork was trained on single pieces, not on sums, so what many have
+        in common is counted many times and answers get worse as pieces are added; ``docs/adapters.md`` shows how much. Memory stays
+        within a few updates of full rank, or of ``2 * max_rank``, however long the text.
+
         Args:
-            contexts: one text, or several for several adapters in one pass.
+            contexts: one text, or several for several adapters side by side.
             names: what to call them, in their provenance.
+            long: whether a context that is too long is read in pieces, or cut.
+            overlap: tokens that two neighbouring pieces may share, see `shine.pieces.pieces`.
+            max_rank: reduce the sum to the nearest update of this rank; the provenance says what share of it is kept.
             keep_text: keep the texts in the provenance, not only their hashes.
+            progress: told how many pieces have been read, each time.
 
         Returns:
             A LoRA of batch one for a text, of batch ``B`` for ``B`` texts; ``lora.select([i])`` takes one of them.
 
         Raises:
-            ValueError: there is no text, or nothing in it.
+            ValueError: there is no text, or nothing in it, or several texts need different ranks.
         """
         texts = [contexts] if isinstance(contexts, str) else list(contexts)
         names = [None] * len(texts) if names is None else names
         if not texts or not all(text.strip() for text in texts):
             raise ValueError("a context is empty: give text to read")
-        rows = [token_ids(self.tokenizer, text) for text in texts]
-        lora = self._read(rows)
+        if max_rank is not None and max_rank < 1:
+            raise ValueError(f"max_rank={max_rank}: a rank is at least 1")
+        lengths = [len(token_ids(self.tokenizer, text)) for text in texts]
+        cut = [min(length, self.context_length) if long == "cut" else length for length in lengths]
+        reader = Reader(self.hypernetwork, self.backbone, self.tokenizer, self.context_length, batch_size, max_rank, progress)
+        if max(cut) <= self.context_length and (max_rank is None or max_rank >= self.hypernetwork.config.rank):
+            rows = [token_ids(self.tokenizer, text)[:length] for text, length in zip(texts, cut, strict=True)]
+            found = [(lora, 1, 1.0) for lora in reader.each(rows)]
+        else:
+            found = [reader.whole(text, tokens, overlap=overlap) for text, tokens in zip(texts, cut, strict=True)]
+        if len({lora.rank for lora, _, _ in found}) > 1:
+            raise ValueError("these contexts need different ranks, since some are longer: encode each by itself, or set max_rank")
         records = [
-            ContextRecord(sha256(text), len(text), len(row), len(row), name=name, text=text if keep_text else None)
-            for text, row, name in zip(texts, rows, names, strict=True)
+            ContextRecord(sha256(text), len(text), length, read, count, name, text if keep_text else None)
+            for text, length, read, (_, count, _), name in zip(texts, lengths, cut, found, names, strict=True)
         ]
-        return LoRA(lora.weights, tuple((self._provenance(record, lora.rank),) for record in records))
+        adapters = [
+            LoRA(lora.weights, ((self._provenance(record, lora.rank, kept),),))
+            for record, (lora, _, kept) in zip(records, found, strict=True)
+        ]
+        return LoRA.stack(adapters)
 
     def chat(
         self,
@@ -150,7 +185,7 @@ class Shine:
         tokens = self._generate(worn, prompt, max_new_tokens, options)[0].tolist()
         stops = stop_ids(self.tokenizer)
         end = next((index for index, token in enumerate(tokens) if token in stops), len(tokens))
-        return clean_answer(str(self.tokenizer.decode(tokens[:end])))
+        return clean_answer(str(self.tokenizer.decode(tokens[:end], skip_special_tokens=True)))
 
     def stream(
         self,
@@ -213,15 +248,10 @@ class Shine:
                 f"{both}, the same architecture with other weights: load that one, or allow_variant=True to try this one"
             )
 
-    def _read(self, rows: Sequence[Sequence[int]]) -> LoRA:
-        ids, mask = pad_left(rows, value=self.tokenizer.pad_token_id)
-        device = self.backbone.device
-        return self.hypernetwork(self.backbone, ids.to(device), None if mask is None else mask.to(device))
-
-    def _provenance(self, context: ContextRecord, rank: int) -> Provenance:
+    def _provenance(self, context: ContextRecord, rank: int, kept: float) -> Provenance:
         versions = {"shine": shine.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        return Provenance(context, rank, self.hypernetwork_record, self.backbone_record, versions, now)
+        return Provenance(context, rank, self.hypernetwork_record, self.backbone_record, versions, now, kept=kept)
 
     def _ready(self, lora: LoRA | None, history: Conversation, question: str) -> tuple[LoRA | None, torch.Tensor]:
         """What to wear, on the backbone's device and in its type, and the prompt ``[1, T]``."""

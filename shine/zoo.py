@@ -15,7 +15,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from shine.backbone import Backbone
 from shine.chat import END_OF_TEXT, prepare_tokenizer
@@ -256,7 +258,7 @@ def _check(file: Path, sha256: str, *, remedy: str) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Write a GGUF file as a plain bfloat16 model with its tokenizer into ``folder``."""
     options = {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True)}
-    _load_model(str(gguf.parent), dtype=torch.bfloat16, **options).save_pretrained(folder)
+    load_model(str(gguf.parent), dtype=torch.bfloat16, **options).save_pretrained(folder)
     _read_tokenizer(gguf).save_pretrained(folder)
 
 
@@ -307,8 +309,8 @@ def load_backbone(config: BackboneConfig, *, targets: Sequence[str]) -> tuple[Ba
     device = find_device(config.device)
     path = resolve(config.path)
     try:
-        model = _load_model(path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
-        tokenizer = _load_tokenizer(path)
+        model = load_model(path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
+        tokenizer = load_tokenizer(path)
     except Exception as error:  # safetensors, tokenizers and transformers raise anything, bare Exception included
         raise ValueError(f"cannot load backbone {config.path}: {_first_line(error)}; {_load_remedy(config, path)}") from error
     backbone = Backbone(model.to(device), targets=targets, activation_checkpointing=config.activation_checkpointing)
@@ -316,7 +318,19 @@ def load_backbone(config: BackboneConfig, *, targets: Sequence[str]) -> tuple[Ba
     return backbone, tokenizer
 
 
-def _load_model(path: str, **options: Any) -> Any:
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Quiet while transformers loads or writes weights; its own setting afterwards."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def load_model(path: str, **options: Any) -> Any:
     """A ``PreTrainedModel`` every weight of which was found; typed ``Any`` because its methods are wrapped beyond mypy's reach."""
     load: Any = AutoModelForCausalLM.from_pretrained
     model, report = load(path, output_loading_info=True, **options)
@@ -326,7 +340,7 @@ def _load_model(path: str, **options: Any) -> Any:
     return model
 
 
-def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer, able to pad: with the end of text where it names no pad token."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     # Where the files are missing transformers makes up a tokenizer of special tokens alone.

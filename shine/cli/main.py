@@ -6,21 +6,29 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from shine.cli import fetch, release
+from shine.cli import chat, check, compare, encode, export, fetch, info, release, store
 
-COMMANDS = (fetch, release)
+COMMANDS = (fetch, encode, chat, check, export, info, compare, store, release)
 """In the order of ``shine --help``. Each module adds one subcommand; what it imports at its top must be quick to import."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit code: 2, after one line on standard error, for whatever a user can put right."""
+    """Run one subcommand and return its exit code: 2, after one line on standard error, for whatever a user can put right.
+
+    That is a ``ValueError``, and whatever the system says about a file. A command may end with another code of its own.
+    """
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    except OSError as error:
+        place = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {place}{error.strerror or error}; choose another place, or make room and permission there", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

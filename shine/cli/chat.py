@@ -1,0 +1,219 @@
+"""``shine chat``: ask about a text that the model does not see."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from shine.cli.commands import Commands, add_command
+from shine.cli.models import (
+    add_json_option,
+    add_model_options,
+    add_reading_options,
+    encode_document,
+    load_shine,
+    positive,
+    print_json,
+    read_inputs,
+    strong,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from shine.chat import Conversation
+    from shine.evaluation.methods import Method
+    from shine.lora import LoRA
+    from shine.model import Shine
+
+_HELP = "/reset forgets the conversation, /strength X sets how strong the adapter is, /quit or Ctrl-D ends"
+
+
+def add(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add ``shine chat``."""
+    parser = add_command(
+        commands,
+        "chat",
+        help="ask about a text that the model does not see",
+        description=(
+            "Read a text once into an adapter, or take one from disk, and hold a conversation. Without --question the questions\n"
+            "come from the terminal, or one a line from standard input. Several texts or adapters are added up.\n"
+            "--compare answers each question three times: SHINE, In-Context (the text in the prompt), Only Question."
+        ),
+        examples="""
+shine chat --context notes.txt --model cpu-world
+shine chat --adapter adapters/notes --model cpu-world --question "Where does Zoran live?"
+shine chat --context notes.txt --model cpu-world --compare
+""",
+    )
+    parser.add_argument("--context", nargs="+", metavar="TEXT", default=[], help="files, folders, or - for standard input")
+    parser.add_argument("--adapter", nargs="+", metavar="FOLDER", default=[], help="adapters that `shine encode` wrote")
+    parser.add_argument("-q", "--question", action="append", metavar="Q", help="ask this; repeat it for further turns")
+    parser.add_argument("--compare", action="store_true", help="SHINE, In-Context and Only Question side by side")
+    parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="multiply the update (default: 1)")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (default: 256)")
+    add_json_option(parser)
+    add_model_options(parser)
+    add_reading_options(parser)
+    parser.set_defaults(run=_chat)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    if not args.context and not args.adapter:
+        raise ValueError("nothing to talk about: give --context TEXT or --adapter FOLDER")
+    if "-" in args.context and not args.question:
+        raise ValueError("the text comes from standard input, so the questions cannot: give them with --question")
+    documents = read_inputs(args.context, args)
+    from rich.console import Console
+
+    from shine.lora import LoRA
+
+    adapters = [LoRA.load(path) for path in args.adapter]
+    shine = load_shine(args)
+    lora = LoRA.concat([*adapters, *(encode_document(shine, document, args, keep_text=True) for document in documents)])
+    shine.check_fits(lora)
+    text = _text(lora) if args.compare else ""
+    console = Console(highlight=False)
+    talk = _Comparison(shine, lora, args, console, text) if args.compare else _Talk(shine, lora, args, console)
+    if args.question:
+        turns = [talk.turn(question) for question in args.question]
+        if args.json:
+            print_json(turns)
+    else:
+        _converse(talk, console, json=args.json)
+
+
+def _text(lora: LoRA) -> str:
+    texts = [span.context.text for span in lora.provenance[0]]
+    if None in texts:
+        raise ValueError("--compare needs the text itself, which an adapter holds only if made with --keep-text: give --context")
+    return "\n\n".join(text for text in texts if text is not None)
+
+
+def _converse(talk: _Talk, console: Console, *, json: bool) -> None:
+    interactive = sys.stdin.isatty() and not json
+    if interactive:
+        console.print(f"[dim]{talk.introduction()}\n{_HELP}[/dim]")
+    turns = []
+    while True:
+        try:
+            line = console.input("\n[bold]> [/bold]" if interactive else "").strip()
+        except EOFError:
+            break
+        if line in ("/quit", "/exit"):
+            break
+        if line == "/help":
+            console.print(_HELP, style="dim")
+        elif line == "/reset":
+            talk.reset()
+            console.print("a new conversation", style="dim")
+        elif line.startswith("/strength"):
+            console.print(talk.set_strength(line.removeprefix("/strength").strip()), style="dim")
+        elif line:
+            turns.append(talk.turn(line))
+    if json:
+        print_json(turns)
+
+
+@dataclass
+class _Talk:
+    """A conversation of SHINE alone, printed as it is generated."""
+
+    shine: Shine
+    lora: LoRA
+    args: argparse.Namespace
+    console: Console
+    strength: float = field(init=False)
+    history: Conversation = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.strength = self.args.strength
+        self.reset()
+
+    def introduction(self) -> str:
+        """What is talked about."""
+        names = ", ".join(span.context.name or span.context.sha256[:12] for spans in self.lora.provenance for span in spans)
+        return f"about {names or 'an adapter of unknown origin'}, which {self.shine.config.path} does not see"
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        from shine.chat import Conversation
+
+        self.history = Conversation()
+
+    def set_strength(self, text: str) -> str:
+        """Make the adapter stronger or weaker; what to tell the user."""
+        try:
+            self.strength = float(text)
+        except ValueError:
+            return f"strength is {self.strength:g}; a number sets it, as in /strength 0.7"
+        return f"strength {self.strength:g}"
+
+    def turn(self, question: str) -> dict[str, object]:
+        """Ask, print the answer, and return both."""
+        started = time.perf_counter()
+        worn, pieces = strong(self.lora, self.strength), []
+        for piece in self.shine.stream(worn, question, history=self.history, max_new_tokens=self.args.max_new_tokens):
+            pieces.append(piece)
+            if not self.args.json:
+                print(piece, end="", flush=True)
+        if not self.args.json:
+            print(flush=True)
+        answer = "".join(pieces).strip()
+        self.history = self.history.then(question, answer)
+        return {"question": question, "answer": answer, "seconds": round(time.perf_counter() - started, 3)}
+
+
+@dataclass
+class _Comparison(_Talk):
+    """The three methods side by side, each with its own earlier answers."""
+
+    text: str = ""
+    histories: dict[str, tuple[tuple[str, str], ...]] = field(init=False)
+    methods: list[Method] = field(init=False)
+
+    def __post_init__(self) -> None:
+        from shine.config import PromptConfig
+        from shine.evaluation.methods import Method
+
+        super().__post_init__()
+        shine, prompts = self.shine, PromptConfig()
+        make: Callable[..., Method] = lambda name, **more: Method(name, shine.backbone, shine.tokenizer, prompts, **more)  # noqa: E731
+        self.methods = [make("shine", hypernetwork=shine.hypernetwork)]
+        self.methods += [make(name, assistant_prefix=shine.config.baseline_prefix) for name in ("in_context", "only_question")]
+        for method in self.methods:
+            method.contexts = [self.text]
+
+    def reset(self) -> None:
+        super().reset()
+        self.histories = {}
+
+    def turn(self, question: str) -> dict[str, object]:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        from shine.evaluation.methods import Asked
+        from shine.evaluation.tables import TITLES
+
+        self.methods[0].lora = strong(self.lora, self.strength).to(self.shine.backbone.device, self.shine.backbone.dtype)
+        answers: dict[str, str] = {}
+        seconds: dict[str, float] = {}
+        for method in self.methods:
+            started = time.perf_counter()
+            history = self.histories.get(method.name, ())
+            found = method.answer([Asked(0, question, history)], max_new_tokens=self.args.max_new_tokens)[0]
+            seconds[method.name] = round(time.perf_counter() - started, 3)
+            answers[method.name] = found.text + (" …" if found.cut else "")
+            self.histories[method.name] = (*history, (question, found.text))
+        if not self.args.json:
+            table = Table(box=box.SIMPLE_HEAD, expand=True, title=Text(question), title_justify="left")
+            for name in answers:
+                table.add_column(f"{TITLES[name]}  [dim]{seconds[name]:.2f} s[/dim]", ratio=1)
+            table.add_row(*(Text(answer) for answer in answers.values()))
+            self.console.print(table)
+        return {"question": question, "answers": answers, "seconds": seconds}

@@ -1,0 +1,144 @@
+"""Options and steps that the commands with a model share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shine.documents import Document
+    from shine.lora import LoRA
+    from shine.model import Shine
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Which hypernetwork and backbone, and how they are held."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "-m",
+        "--model",
+        required=required,
+        metavar="CHECKPOINT",
+        help="the hypernetwork: a checkpoint folder, a hub id, or cpu-world, which is shipped and reads invented worlds",
+    )
+    group.add_argument("--backbone", metavar="MODEL", help="where the backbone lies, if not where the checkpoint says")
+    group.add_argument("--device", default="auto", help="auto (CUDA where there is some), cpu, cuda, cuda:N")
+    group.add_argument("--dtype", choices=("bfloat16", "float32", "float64"), help="of the backbone; default: as trained")
+    group.add_argument("--allow-variant", action="store_true", help="take other weights of the same architecture")
+
+
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """How documents are read and encoded."""
+    group = parser.add_argument_group("reading")
+    group.add_argument("--encoding", default="utf-8", help="of text, Markdown and HTML files (default: utf-8)")
+    group.add_argument("--context-length", type=positive, metavar="N", help="tokens read at once; default: as trained")
+    group.add_argument("--cut", action="store_true", help="cut a longer text there, instead of adding up its pieces")
+    group.add_argument("--overlap", type=int, metavar="N", help="tokens two neighbouring pieces share; default: an eighth")
+    group.add_argument("--max-rank", type=positive, metavar="N", help="reduce the sum of the pieces to this rank")
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """``--json``."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def load_shine(args: argparse.Namespace) -> Shine:
+    """The models that the options name."""
+    from shine.model import Shine
+
+    return Shine.from_pretrained(
+        args.model,
+        backbone=args.backbone,
+        device=args.device,
+        dtype=args.dtype,
+        context_length=getattr(args, "context_length", None),
+        allow_variant=args.allow_variant,
+    )
+
+
+def encode_document(shine: Shine, document: Document, args: argparse.Namespace, *, keep_text: bool = False) -> LoRA:
+    """The adapter of one document; what was cut or added up is said on standard error."""
+    with _counted(document.name) as progress:
+        lora = shine.encode(
+            document.text,
+            names=[document.name],
+            long="cut" if args.cut else "split",
+            overlap=args.overlap,
+            max_rank=args.max_rank,
+            keep_text=keep_text,
+            progress=progress,
+        )
+    for line in remarks(lora):
+        print(f"note: {line}", file=sys.stderr)
+    return lora
+
+
+def remarks(lora: LoRA) -> list[str]:
+    """What a reader should know of how the contexts of an adapter were read."""
+    lines = []
+    for span in lora.provenance[0]:
+        context = span.context
+        name = context.name or context.sha256[:12]
+        if context.read < context.tokens:
+            lines.append(f"{name}: cut, {context.read:,} of {context.tokens:,} tokens were read")
+        if context.pieces > 1:
+            lines.append(
+                f"{name}: {context.tokens:,} tokens are more than the hypernetwork reads at once, so the adapter is the sum of "
+                f"{context.pieces:,} pieces (rank {span.rank:,}); what they have in common counts several times"
+            )
+        if span.kept < 0.9995:
+            lines.append(f"{name}: reduced to rank {span.rank:,}, about {span.kept:.1%} of the update (squared norm) is kept")
+    return lines
+
+
+def strong(lora: LoRA, strength: float) -> LoRA:
+    """The adapter as strong as it was asked for."""
+    return lora if strength == 1 else lora.scale(strength)
+
+
+def describe(lora: LoRA) -> dict[str, Any]:
+    """What JSON says of an adapter."""
+    values = sum(a.numel() + b.numel() for a, b in lora.values())
+    return {
+        "rank": lora.rank,
+        "linears": len(lora),
+        "parameters": values,
+        "contexts": [asdict(span) for spans in lora.provenance for span in spans],
+    }
+
+
+def print_json(value: object) -> None:
+    """One JSON value on standard output."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def _counted(name: str) -> Iterator[Any]:
+    """Tells how many pieces were read, on one line of the terminal; nothing where there is none."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"reading {name}") as status:
+        yield lambda done: status.update(f"reading {name}: {done:,} pieces")
+
+
+def read_inputs(paths: Sequence[str], args: argparse.Namespace) -> list[Document]:
+    """The documents named on the command line, read before any model is loaded."""
+    from shine.documents import read_documents
+
+    return read_documents(paths, encoding=args.encoding)

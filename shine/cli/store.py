@@ -1,0 +1,138 @@
+"""``shine store``: a folder of adapters by name."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from shine.cli.commands import Commands, add_command
+from shine.cli.models import (
+    add_json_option,
+    add_model_options,
+    add_reading_options,
+    encode_document,
+    load_shine,
+    print_json,
+    read_inputs,
+)
+
+if TYPE_CHECKING:
+    from shine.store import Entry
+
+
+def add(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add ``shine store`` and its own subcommands."""
+    parser = add_command(
+        commands,
+        "store",
+        help="keep adapters by name: list, add, update, forget, compose",
+        description="A store is a plain folder of adapters; each context has versions, and several compose into one adapter.",
+        examples="""
+shine store add adapters notes notes.txt --model cpu-world
+shine store update adapters notes notes-of-today.txt --model cpu-world
+shine store list adapters
+shine store compose adapters notes handbook --output adapters-now
+shine store forget adapters notes
+""",
+    )
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for name, help_text in (("add", "encode a text under a new name"), ("update", "encode a new version of a text")):
+        action = actions.add_parser(name, help=help_text, description=f"{help_text.capitalize()}.")
+        _add_names(action, "name")
+        action.add_argument("text", metavar="TEXT", help="a file, or - for standard input")
+        add_json_option(action)
+        add_model_options(action)
+        add_reading_options(action)
+        action.set_defaults(run=_write, action=name)
+    listing = actions.add_parser("list", help="say what is in it", description="Say what is in a store.")
+    listing.add_argument("store", metavar="STORE", help="the folder")
+    add_json_option(listing)
+    listing.set_defaults(run=_list)
+    removal = "remove a context and its versions"
+    forget = actions.add_parser("forget", help=removal, description=f"{removal.capitalize()}.")
+    _add_names(forget, "name")
+    forget.set_defaults(run=_forget)
+    compose = actions.add_parser("compose", help="write one adapter that holds several", description="Add up several contexts.")
+    _add_names(compose, "names", nargs="+")
+    compose.add_argument("-o", "--output", required=True, metavar="FOLDER", help="where to write")
+    compose.set_defaults(run=_compose)
+
+
+def _add_names(parser: argparse.ArgumentParser, name: str, *, nargs: str | None = None) -> None:
+    parser.add_argument("store", metavar="STORE", help="the folder")
+    parser.add_argument(name, metavar="NAME", nargs=nargs, help="what the context is called")
+
+
+def _write(args: argparse.Namespace) -> None:
+    documents = read_inputs([args.text], args)
+    from shine.store import Store
+
+    if len(documents) > 1:
+        raise ValueError(f"{args.text} holds {len(documents)} documents: a store keeps one text under a name; give one")
+    store = Store(args.store)
+    # Refused before anything is encoded.
+    known = {entry.name: entry for entry in store.list()}
+    if args.action == "add" and args.name in known:
+        raise ValueError(f"{args.name!r} is in {store.folder} already: update it, or choose another name")
+    if args.action == "update":
+        store.entry(args.name)
+    entry = getattr(store, args.action)(args.name, encode_document(load_shine(args), documents[0], args))
+    if args.json:
+        print_json(_describe(entry))
+    elif args.name in known and known[args.name].version == entry.version:
+        print(f"{entry.folder}  (the same text: nothing changed)")
+    else:
+        print(entry.folder)
+
+
+def _list(args: argparse.Namespace) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from shine.evaluation.tables import show
+    from shine.store import Store
+
+    entries = Store(args.store).list()
+    if args.json:
+        print_json([_describe(entry) for entry in entries])
+        return
+    if not entries:
+        print(f"{args.store} holds no adapter yet")
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    for column, justify in (("name", "left"), ("version", "right"), ("tokens", "right"), ("rank", "right")):
+        table.add_column(column, justify="right" if justify == "right" else "left")
+    for column in ("context", "backbone", "made"):
+        table.add_column(column)
+    for entry in entries:
+        spans = entry.provenance
+        table.add_row(
+            entry.name,
+            str(entry.version),
+            f"{sum(span.context.tokens for span in spans):,}",
+            f"{sum(span.rank for span in spans):,}",
+            ", ".join(span.context.sha256[:12] for span in spans),
+            ", ".join(sorted({span.backbone.name for span in spans})),
+            max((span.date for span in spans), default=""),
+        )
+    show(table)
+
+
+def _forget(args: argparse.Namespace) -> None:
+    from shine.store import Store
+
+    Store(args.store).forget(args.name)
+    print(f"forgot {args.name}")
+
+
+def _compose(args: argparse.Namespace) -> None:
+    from shine.store import Store
+
+    lora = Store(args.store).compose(args.names)
+    print(f"{lora.save(args.output)}  (rank {lora.rank}, {len(args.names)} contexts)")
+
+
+def _describe(entry: Entry) -> dict[str, object]:
+    contexts = [asdict(span) for span in entry.provenance]
+    return {"name": entry.name, "version": entry.version, "folder": str(entry.folder), "contexts": contexts}

@@ -1,0 +1,139 @@
+"""A LoRA for PEFT, exactly, and whole models with a LoRA merged in.
+
+PEFT computes ``x W^T + (x A^T) B^T alpha / r`` with ``A [r, in]`` and ``B [out, r]``: ours transposed, and ``alpha = r`` because
+the scale is already inside.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig
+
+from shine.files import may_replace, written_beside
+from shine.fingerprint import Fingerprint, fingerprint
+from shine.lora import LoRA
+from shine.zoo import load_model, load_tokenizer, resolve, without_progress_bars
+
+CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE, README_FILE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "shine.json",
+    "README.md",
+)
+FILES = frozenset((CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE, README_FILE))
+
+_README = """\
+---
+base_model: {backbone}
+library_name: peft
+---
+
+A LoRA that SHINE made from a context in one pass, for `{backbone}`; `shine.json` says from which context.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{backbone}"), "this folder")
+```
+
+It expects plain ChatML without a system turn, which many chat templates add:
+`<|im_start|>user\\nQUESTION<|im_end|>\\n<|im_start|>assistant\\n`.
+"""
+
+
+def write_peft(lora: LoRA, directory: str | Path, *, backbone: str, dtype: torch.dtype | None = None) -> Path:
+    """Write one adapter as the folder that ``PeftModel.from_pretrained`` reads.
+
+    Where the linears have different ranks the narrower ones are padded with zeros, since engines take one rank for all.
+
+    Args:
+        backbone: what PEFT's configuration names as the base model: a folder or a hub id, or a name that SHINE knows.
+        dtype: store the weights in this type instead of their own.
+
+    Raises:
+        ValueError: these are several adapters, or the folder holds something else.
+        OSError: the folder cannot be written.
+    """
+    if lora.batch != 1:
+        raise ValueError(f"these are {lora.batch} adapters: export each into a folder of its own, lora.select([i])")
+    folder, rank = Path(directory).expanduser(), lora.rank
+    may_replace(folder, names=FILES, what="PEFT adapter")
+    tensors: dict[str, Tensor] = {}
+    for path, (a, b) in lora.items():
+        padding = rank - a.shape[2]
+        key = f"base_model.model.{path}"
+        tensors[f"{key}.lora_A.weight"] = torch.nn.functional.pad(a[0].mT, (0, 0, 0, padding)).to("cpu", dtype).contiguous()
+        tensors[f"{key}.lora_B.weight"] = torch.nn.functional.pad(b[0].mT, (0, padding)).to("cpu", dtype).contiguous()
+    base = resolve(backbone)
+    config = {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": sorted({path.rsplit(".", 1)[-1] for path in lora}),
+        "task_type": "CAUSAL_LM",
+    }
+    provenance = [asdict(span) for span in lora.provenance[0]] if lora.provenance else []
+    with written_beside(folder) as beside:
+        save_file(tensors, beside / WEIGHTS_FILE, metadata={"format": "pt"})
+        _write_json(beside / PROVENANCE_FILE, {"contexts": provenance})
+        (beside / README_FILE).write_text(_README.format(backbone=base), encoding="utf-8")
+        _write_json(beside / CONFIG_FILE, config)
+    return folder
+
+
+@torch.no_grad()
+def write_merged(lora: LoRA, directory: str | Path, *, backbone: str, dtype: torch.dtype | None = None) -> Path:
+    """Write the backbone with the update added to its weights, as a folder that plain transformers loads.
+
+    The sum is taken in float32 and rounded once to the type that is stored.
+
+    Args:
+        backbone: a folder, a hub id, or a name that SHINE knows.
+        dtype: of the model that is written; by default that of the backbone's own files.
+
+    Raises:
+        ValueError: these are several adapters, they were made for another backbone, or the folder is not empty.
+        OSError: the folder cannot be written.
+    """
+    if lora.batch != 1:
+        raise ValueError(f"these are {lora.batch} adapters: merge one of them, lora.select([i])")
+    folder = Path(directory).expanduser()
+    may_replace(folder, names=frozenset(), what="merged model")
+    path = resolve(backbone)
+    with without_progress_bars():
+        model, tokenizer = load_model(path, dtype=dtype or "auto"), load_tokenizer(path)
+    found = fingerprint(model, tokenizer)
+    for span in (span for spans in lora.provenance for span in spans):
+        wanted = Fingerprint.parse(span.backbone.fingerprint)
+        # Not the vocabulary's: SHINE adds its task tokens to it.
+        if (wanted.config, wanted.weights) != (found.config, found.weights):
+            raise ValueError(
+                f"this adapter was made for backbone {span.backbone.name} (fingerprint {wanted}), and {backbone} is another "
+                f"({found}): give --backbone the one it was made for"
+            )
+    for name, (a, b) in lora.items():
+        weight = model.get_submodule(name).weight
+        weight.copy_(weight.float() + (a[0].float() @ b[0].float()).mT.to(weight.device))
+    with written_beside(folder) as beside, without_progress_bars():
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        if isinstance(model.generation_config, GenerationConfig):
+            model.generation_config.save_pretrained(beside)
+        _write_json(beside / PROVENANCE_FILE, {"contexts": [asdict(span) for spans in lora.provenance for span in spans]})
+    return folder
+
+
+def _write_json(file: Path, values: object) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
