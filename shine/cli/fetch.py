@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from shine.cli.commands import Commands, add_command
 
@@ -17,14 +18,15 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
             "Download a backbone that SHINE knows, check it, convert it once, and print its folder.\n"
             "The cache is $SHINE_CACHE, by default ~/.cache/shine."
         ),
-        examples="shine fetch smollm2-135m",
+        examples="shine fetch smollm2-135m\nshine fetch smollm2-135m --gguf models",
     )
     parser.add_argument("name", metavar="NAME", help="for instance smollm2-135m")
+    parser.add_argument("--gguf", metavar="FOLDER", type=Path, help="put its GGUF file, for llama.cpp, into FOLDER instead")
     parser.set_defaults(run=_fetch)
 
 
 def _fetch(args: argparse.Namespace) -> None:
     # Imported here because it brings torch and transformers, seconds that --help should not take.
-    from shine.zoo import fetch
+    from shine.zoo import fetch, fetch_gguf
 
-    print(fetch(args.name))
+    print(fetch(args.name) if args.gguf is None else fetch_gguf(args.name, args.gguf))

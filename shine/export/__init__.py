@@ -1,0 +1,1 @@
+"""The LoRA in the formats that others read."""
