@@ -26,10 +26,10 @@ from shine.checkpoint import (
     read_info,
     read_weights,
     save_hypernetwork,
-    written_beside,
 )
 from shine.cli.main import main
 from shine.config import BackboneConfig, HypernetworkConfig, M2PConfig, TaskTokens
+from shine.files import written_beside
 from shine.hypernetwork import Hypernetwork
 from shine.released import read_released, write_released
 

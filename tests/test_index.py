@@ -68,6 +68,15 @@ def test_an_index_is_made_once_and_gives_the_same_samples_again(source: SourceCo
     assert first.lengths.tolist() == second.lengths.tolist()
 
 
+def test_what_was_skipped_is_still_counted_when_the_index_is_opened_again(source: SourceConfig) -> None:
+    assert source.path is not None
+    path = Path(source.path)
+    path.write_text(path.read_text() + '{"context": "no question"}\n{\n')
+    first, second = (build(replace(source, malformed="skip")) for _ in range(2))
+    assert first.tally.skipped == second.tally.skipped == {"no question": 1, "malformed": 1}
+    assert str(first.tally) == str(second.tally)
+
+
 def another_file(source: SourceConfig) -> SourceConfig:
     assert source.path is not None
     path = Path(source.path)

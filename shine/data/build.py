@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -52,10 +51,10 @@ def build_samples(
         samples = samples_of(examples, tokenizer, stage, task_tokens=task_tokens, seed=seed, folder=folder)
         samples.tally.skipped += skipped.skipped
         samples.tally.first_skipped |= skipped.first_skipped
-        return {"tally": asdict(samples.tally), "fingerprint": samples.fingerprint}
+        return {"tally": samples.tally.state(), "fingerprint": samples.fingerprint}
 
     folder, noted = indexed(key, build, say=say)
-    tally = Tally(**{**noted["tally"], "skipped": Counter(noted["tally"]["skipped"])})
+    tally = Tally.of(noted["tally"])
     if stage.name == "pretrain":
         return PretrainSamples.open(folder, tally, noted["fingerprint"], tokenizer, task_tokens=task_tokens, seed=seed)
     return AnswerSamples.open(folder, tally, noted["fingerprint"])

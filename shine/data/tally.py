@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from shine.data.examples import Example
 
@@ -34,6 +35,16 @@ class Tally:
         self.context_tokens_dropped += context_dropped
         self.conversations_cut += conversation_dropped > 0
         self.conversation_tokens_dropped += conversation_dropped
+
+    def state(self) -> dict[str, Any]:
+        """Its fields as plain values, which JSON can hold."""
+        # Not dataclasses.asdict, which counts a Counter's pairs.
+        return {f.name: dict(v) if isinstance(v := getattr(self, f.name), dict) else v for f in fields(self)}
+
+    @staticmethod
+    def of(state: Mapping[str, Any]) -> Tally:
+        """The tally that `state` came from."""
+        return Tally(**{**state, "skipped": Counter(state["skipped"]), "first_skipped": dict(state["first_skipped"])})
 
     def __str__(self) -> str:
         text = (

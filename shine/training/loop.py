@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from shine.training.parallel import restore_optimizer, shard, shard_backbone, sy
 from shine.training.provenance import differences, run_record
 from shine.training.rehearsal import rehearsal
 from shine.training.start import FINAL, Start, start_hypernetwork, starting_point
-from shine.training.state import RUN_FILE, RunState, load_state, plain, prune, restore_rng, rng_state, save_state, set_aside, sweep
+from shine.training.state import RUN_FILE, RunState, load_state, prune, restore_rng, rng_state, save_state, set_aside, sweep
 from shine.training.step import StepResult, training_step
 from shine.training.stop import StoppedError, StopRequest, stop_requests
 from shine.training.validation import Validation
@@ -248,7 +247,7 @@ class _Run:
                 offset=self.stream.offset,
                 optimizer=optimizer,
                 guard=self.guard.state(),
-                tally=plain(self.stream.samples.tally),
+                tally=self.stream.samples.tally.state(),
                 best=self.best,
                 samples=len(self.stream.samples),
                 data=self.fingerprint,
@@ -275,7 +274,7 @@ class _Run:
         restore_optimizer(self.hypernetwork, self.optimizer, dict(state.optimizer))
         self.step, self.best = state.step, state.best
         self.stream.epoch, self.stream.offset = state.epoch, state.offset % len(self.stream.samples)
-        self.stream.samples.tally = Tally(**{**state.tally, "skipped": Counter(state.tally["skipped"])})
+        self.stream.samples.tally = Tally.of(state.tally)
         self.guard = Guard(self.stage, **state.guard)
         if self.ranks.rank < len(state.rng):
             restore_rng(state.rng[self.ranks.rank])
