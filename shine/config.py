@@ -152,6 +152,7 @@ class StageConfig:
         name: pretrain, mqa or 1qa.
         context_length: most tokens of a context.
         conversation_length: most tokens of a conversation.
+        pad_to_multiple: the lengths of a batch are padded to a multiple of this.
         epochs: passes over the data, unless ``steps`` says how many optimizer steps.
         batch_size: sequences an optimizer step, over all ranks and micro-batches.
         micro_batch_size: sequences a forward pass of one rank.
@@ -178,6 +179,7 @@ class StageConfig:
     batch_size: Positive = 32
     micro_batch_size: Positive = 1
     length_window: Count = 0
+    pad_to_multiple: Positive = 1
     weight_decay: NotNegative = 0.01
     clip: PositiveFloat = 1.0
     evaluate_every: Count = 0

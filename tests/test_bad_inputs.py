@@ -55,6 +55,10 @@ NO_LETTER: list[tuple[str, dict[str, Any], str]] = [
     ("squad", {"answers": {"text": "a"}}, "answers is 'a'"),
     ("squad", {"question": None}, "question is None, not a text"),
     ("squad", {"id": ...}, '"id" is missing'),
+    ("squad", {"question": " "}, "question is ' ', not a text that is not empty"),
+    ("hotpotqa", {"question": ""}, "question is ''"),
+    ("msmarco", {"query": " "}, "query is ' '"),
+    ("race", {"question": " "}, "question is ' '"),
     ("race", {"answer": "E"}, "the answer is 'E', not one of A, B, C, D"),
     ("race", {"options": ["a", ""]}, "options is"),
     ("race", {"options": "abcd"}, "options is 'abcd', not a list"),
@@ -113,6 +117,8 @@ FILES: list[tuple[str, bytes, str]] = [
     ("f.jsonl", lines(ROW, b"null"), "f.jsonl:2: None is not a JSON object"),
     ("f.jsonl", lines(ROW, b"NaN"), "f.jsonl:2: nan is not a JSON object"),
     ("f.jsonl", lines(ROW, b"[" * 100_000), "f.jsonl:2: not JSON"),
+    ("f.jsonl", lines(ROW, ROW.replace(b'"q"', b'"\\ud800"')), "f.jsonl:2: not JSON .*surrogates not allowed"),
+    ("f.jsonl", lines(ROW, ROW[:-1] + b', "n": ' + b"1" * 5000 + b"}"), "f.jsonl:2: not JSON .*integer string"),
     ("f.json", b"[" + ROW + b"," + ROW[:-5], "f.json: damaged after item 1"),
     ("f.json", b"[" + ROW + b" " + ROW + b"]", "f.json: damaged after item 1"),
     ("f.json", b"[" + ROW + b',"caf\xe9"]', "f.json: damaged after item 1"),
@@ -120,6 +126,7 @@ FILES: list[tuple[str, bytes, str]] = [
     ("f.jsonl.gz", gzip.compress(lines(ROW) * 5000)[:-200], "f.jsonl.gz: damaged after line [1-9]"),
     ("f.jsonl.gz", b"no gzip at all", "f.jsonl.gz: damaged after its beginning"),
     ("f.json.gz", gzip.compress(b"[" + ROW + b"]")[:20], "f.json.gz: damaged after its beginning"),
+    ("f.json.gz", gzip.compress(b"[" + b",".join([ROW] * 9000) + b"]")[:-100], "f.json.gz: damaged after item [1-9]"),
     ("f.parquet", b"PAR1 not really PAR1", "f.parquet: damaged after row 0"),
     ("f.parquet", b"", "f.parquet: damaged after row 0"),
     ("f.csv", b"context\nx\n", "f.csv: cannot be read; convert it"),
@@ -152,6 +159,23 @@ def test_a_truncated_or_spoiled_parquet_file_is_named(tmp_path: Path, spoil: Cal
     spoil(file)
     with pytest.raises(ValueError, match=r"train.parquet: damaged after row \d+ .*download or write it again"):
         list(read_source(SourceConfig("text", str(file))))
+
+
+def test_bytes_in_a_parquet_text_that_are_not_utf8_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "train.parquet"
+    bad = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pa.py_buffer(b"a\xff"))
+    pq.write_table(pa.table({"text": bad}), file)
+    with pytest.raises(ValueError, match=r"train.parquet: damaged after row 0 .*utf-8"):
+        list(read_source(SourceConfig("text", str(file))))
+
+
+@pytest.mark.parametrize("kind", ["squad", "race", "hotpotqa", "musique", "msmarco"])
+def test_a_bad_row_of_a_parquet_file_is_named(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "train.parquet"
+    question = "query" if kind == "msmarco" else "question"
+    pq.write_table(pa.Table.from_pylist([GOOD[kind], {**GOOD[kind], question: None}]), file)
+    with pytest.raises(ValueError, match=rf"train.parquet, row 2: {question} is None, not a text"):
+        list(read_source(SourceConfig(kind, str(file))))
 
 
 def test_a_file_that_cannot_be_read_on_is_an_error_also_where_rows_may_be_skipped(tmp_path: Path) -> None:

@@ -163,6 +163,18 @@ def test_a_batch_knows_where_its_labels_are() -> None:
     assert batch.to(torch.device("cpu")).input_ids.tolist() == batch.input_ids.tolist()
 
 
+def test_a_batch_can_be_padded_to_a_multiple() -> None:
+    samples = [Sample("a", [11, 12, 13], [1, 2, 3, 4], [-100, -100, 3, 4]), Sample("b", [14], [5, 6], [-100, 6])]
+    batch = collate(samples, pad_id=0, multiple=4)
+    assert batch.context_ids.tolist() == [[0, 11, 12, 13], [0, 0, 0, 14]]
+    assert batch.context_mask is not None
+    assert batch.context_mask.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4], [0, 0, 5, 6]]
+    assert batch.input_ids.flatten()[batch.label_positions].tolist() == batch.label_ids.tolist() == [3, 4, 6]
+    full = collate([Sample("a", [1] * 8, [2] * 4, [-100, 2, 2, 2])], pad_id=0, multiple=4)
+    assert (full.context_mask, full.input_mask) == (None, None)
+
+
 def test_a_pad_token_in_the_text_is_not_taken_for_padding() -> None:
     batch = collate([Sample("a", [0, 5], [0, 0, 1], [-100, 0, 1]), Sample("b", [0], [1, 2, 3], [-100, 2, 3])], pad_id=0)
     assert batch.context_mask is not None

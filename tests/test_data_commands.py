@@ -21,6 +21,7 @@ from shine.config import SourceConfig
             "race:d/all,split=validation,cloze=false,limit=3",
             SourceConfig("race", "d/all", "validation", limit=3, options={"cloze": False}),
         ),
+        ("wikitext:w,lengths=[100, 200],limit=2", SourceConfig("wikitext", "w", limit=2, options={"lengths": [100, 200]})),
         ("worlds,count=10,seed=2", SourceConfig("worlds", options={"count": 10, "seed": 2})),
         ("wikitext:w,malformed=skip,part=held_out", SourceConfig("wikitext", "w", malformed="skip", part="held_out")),
     ],
@@ -29,7 +30,10 @@ def test_a_source_is_named_in_one_word(text: str, source: SourceConfig) -> None:
     assert parse_source(text) == source
 
 
-@pytest.mark.parametrize(("text", "message"), [("squad:x,split", "no KEY=VALUE"), ("squad:x,limit=many", "limit: .*valid integer")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("squad:x,split", "no KEY=VALUE"), ("squad:x,pad_to=[1", "cannot be read"), ("squad:x,limit=many", "limit: .*valid integer")],
+)
 def test_a_source_that_is_not_understood_says_why(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_source(text)
@@ -57,7 +61,7 @@ def test_inspect_counts_what_a_stage_would_cut(tmp_path: Path, capsys: pytest.Ca
     arguments = ["--source", "worlds,count=50,seed=3", "--stage", "mqa", "--json", "--context-length", "25"]
     assert inspect(tmp_path, *arguments) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["samples"] == found["examples"] == 50
+    assert found["samples"] == 50
     assert 0 < found["contexts_cut"] < 50
     assert found["context_max"] > 25 >= found["context_mean"] - 15
     assert found["skipped"] == {}

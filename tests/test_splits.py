@@ -65,7 +65,7 @@ def check(scored: str, *trained: str, threshold: float = 0.5) -> float | None:
     for number, context in enumerate(trained):
         found.train(str(number), context)
     assert found.trained == len(trained)
-    return found.overlaps["scored"].share if found.overlaps else None
+    return found.overlaps[0].share if found.overlaps else None
 
 
 @given(start=st.integers(0, 300), length=st.integers(8, 60), around=st.integers(0, 30), seed=st.integers(0, 5))
@@ -98,7 +98,28 @@ def test_the_training_context_that_holds_most_is_named() -> None:
     found.score("scored", " ".join(WORDS[:50]))
     for name, count in (("less", 40), ("most", 50), ("least", 30)):
         found.train(name, " ".join(WORDS[:count]))
-    assert (found.overlaps["scored"].trained, found.overlaps["scored"].share) == ("most", 1.0)
+    assert [(overlap.trained, overlap.share) for overlap in found.overlaps] == [("most", 1.0)]
+
+
+def test_contexts_of_one_name_are_told_apart() -> None:
+    found = LeakCheck()
+    for start in (0, 50, 100):
+        found.score("same", " ".join(WORDS[start : start + 20 + start]))
+    found.train("copy", " ".join(WORDS[0:20]))
+    assert [overlap.share for overlap in found.overlaps] == [1.0]
+    assert found.scored == 3
+
+
+def test_a_near_copy_in_a_script_without_spaces_is_found() -> None:
+    text = "上下文只读一次然后成为适配器中的知识模型不再需要看到原文就能回答关于它的问题"
+    assert check(text, f"前言。{text[:30]}另外一句话。") == pytest.approx(23 / (len(text) - 7))
+    assert check(text, "这是完全不同的一段文字它与上面的内容没有任何关系也不应该被认为是相同的") is None
+
+
+@pytest.mark.parametrize(("kind", "options"), [("squad", {"pad_to": 100}), ("wikitext", {"lengths": [10]})])
+def test_what_is_joined_or_cut_is_not_split(kind: str, options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="joined or cut cannot be split by context"):
+        contexts_of(SourceConfig(kind, "x", part="train", options=options))
 
 
 def test_the_command_reports_and_ends_with_one_where_something_was_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,7 +107,7 @@ def _check(args: argparse.Namespace) -> int:
     for text in args.train:
         for example in read_named({text: parse_source(text)}, "--train"):
             check.train(f"{text} {example.id}", example.context)
-    found = sorted(check.overlaps.values(), key=lambda overlap: -overlap.share)
+    found = check.overlaps
     if args.json:
         print(json.dumps({"scored": check.scored, "trained": check.trained, "overlaps": [asdict(o) for o in found]}, indent=2))
     else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from shine.chat import IGNORE, prepare_tokenizer, token_counter
 from shine.cli.sources import parse_source
 from shine.config import StageConfig, StageName, TaskTokens
 from shine.data.build import samples_of
-from shine.data.samples import Sample
+from shine.data.samples import Sample, StageSamples
 from shine.data.sources import read_named
 from shine.data.tally import Tally
 from shine.zoo import load_tokenizer, resolve
@@ -53,24 +55,27 @@ def inspect(
     # Their ids do not matter here, and no embedding is loaded that could be short of rows.
     prepare_tokenizer(tokenizer, names, embedding_rows=len(tokenizer) + 3)
     skipped = Tally()
-    examples = list(read_named({text: source}, "--source", tokens=token_counter(tokenizer), tally=skipped))
-    chosen: StageName = stage or ("mqa" if any(example.turns for example in examples) else "pretrain")
+    examples = read_named({text: source}, "--source", tokens=token_counter(tokenizer), tally=skipped)
+    first = list(itertools.islice(examples, 1))
+    chosen: StageName = stage or ("mqa" if any(example.turns for example in first) else "pretrain")
     # Answers are shown whole; texts are grouped to the limits.
     limits = lengths if chosen == "pretrain" else (10**9, 10**9)
     config = StageConfig(chosen, *limits, learning_rate=1.0, warmup_steps=0)
-    samples = samples_of(examples, tokenizer, config, task_tokens=names, seed=0)
-    drawn = [samples.sample(index, epoch=0) for index in range(len(samples))]
+    with tempfile.TemporaryDirectory(prefix="shine-inspect-") as folder:
+        samples = samples_of(itertools.chain(first, examples), tokenizer, config, task_tokens=names, seed=0, folder=Path(folder))
+        shown = [samples.sample(index, epoch=0) for index in range(min(count, len(samples)))]
+        measured = _measure(samples)
     samples.tally.skipped += skipped.skipped
-    figures: dict[str, Any] = {"source": text, "stage": chosen, "examples": len(examples), **_figures(drawn, lengths)}
-    draw_lengths(Path(histogram), drawn, lengths, title=f"{text} ({chosen})")
+    figures: dict[str, Any] = {"source": text, "stage": chosen, **_figures(measured, lengths)}
+    draw_lengths(Path(histogram), measured, lengths, title=f"{text} ({chosen})")
     if as_json:
         print(json.dumps({**figures, "skipped": samples.tally.skipped, "histogram": histogram}, indent=2, ensure_ascii=False))
         return
     console = Console()
-    for sample in drawn[:count]:
+    for sample in shown:
         console.print(Rule(f"{sample.id}: {len(sample.context_ids):,} + {len(sample.input_ids):,} tokens", align="left"))
-        shown = str(tokenizer.decode(sample.context_ids))
-        console.print(Text(shown[:ABOUT] + (" …" if len(shown) > ABOUT else ""), style="dim"))
+        context = str(tokenizer.decode(sample.context_ids))
+        console.print(Text(context[:ABOUT] + (" …" if len(context) > ABOUT else ""), style="dim"))
         console.print(_marked(sample, tokenizer, colors=console.is_terminal and not console.no_color))
     console.print(Rule(style="none"))
     for name, value in figures.items():
@@ -80,18 +85,33 @@ def inspect(
     print(f"{'lengths drawn in':24}{histogram}")
 
 
-def _figures(samples: Sequence[Sample], lengths: tuple[int, int]) -> dict[str, Any]:
-    contexts = np.array([len(sample.context_ids) for sample in samples])
-    conversations = np.array([len(sample.input_ids) for sample in samples])
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of every sample, ``[N]`` each."""
+
+    context: np.ndarray
+    conversation: np.ndarray
+    labels: np.ndarray
+
+
+def _measure(samples: StageSamples) -> Lengths:
+    found = np.empty((3, len(samples)), dtype=np.int64)
+    for index in range(len(samples)):
+        sample = samples.sample(index, epoch=0)
+        found[:, index] = len(sample.context_ids), len(sample.input_ids), sample.label_count
+    return Lengths(*found)
+
+
+def _figures(measured: Lengths, lengths: tuple[int, int]) -> dict[str, Any]:
     return {
-        "samples": len(samples),
-        "context_mean": round(float(contexts.mean()), 1),
-        "context_max": int(contexts.max()),
-        "conversation_mean": round(float(conversations.mean()), 1),
-        "conversation_max": int(conversations.max()),
-        "labels_mean": round(float(np.mean([sample.label_count for sample in samples])), 1),
-        "contexts_cut": int((contexts > lengths[0]).sum()),
-        "conversations_cut": int((conversations > lengths[1]).sum()),
+        "samples": len(measured.context),
+        "context_mean": round(float(measured.context.mean()), 1),
+        "context_max": int(measured.context.max()),
+        "conversation_mean": round(float(measured.conversation.mean()), 1),
+        "conversation_max": int(measured.conversation.max()),
+        "labels_mean": round(float(measured.labels.mean()), 1),
+        "contexts_cut": int((measured.context > lengths[0]).sum()),
+        "conversations_cut": int((measured.conversation > lengths[1]).sum()),
     }
 
 
@@ -110,21 +130,19 @@ def _marked(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, colors: bool)
     return text
 
 
-def draw_lengths(file: Path, samples: Sequence[Sample], lengths: tuple[int, int], *, title: str) -> None:
+def draw_lengths(file: Path, measured: Lengths, lengths: tuple[int, int], *, title: str) -> None:
     """Histograms of context and conversation lengths in tokens, with their means and the limits where these are in sight."""
     # Without pyplot, which would choose a window system.
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
-    found = {"context": [len(s.context_ids) for s in samples], "conversation": [len(s.input_ids) for s in samples]}
+    found = {"context": measured.context, "conversation": measured.conversation}
     for axes, (name, values), limit, color in zip(panels, found.items(), lengths, ("#30638e", "#d1495b"), strict=True):
         # The longest hundredth would squeeze all others together.
         edge = max(float(np.percentile(values, 99)) * 1.05, 1.0)
         # Of a whole number of tokens each, so that none is empty by rounding.
-        width = max(round((edge - min(values)) / 40), 1)
-        axes.hist(np.minimum(values, edge), bins=np.arange(min(values), edge + 2 * width, width), color=color, alpha=0.85)
-        axes.axvline(
-            float(np.mean(values)), color="black", linewidth=1.2, label=f"mean {np.mean(values):,.0f}, most {max(values):,}"
-        )
+        width = max(round((edge - values.min()) / 40), 1)
+        axes.hist(np.minimum(values, edge), bins=np.arange(values.min(), edge + 2 * width, width), color=color, alpha=0.85)
+        axes.axvline(values.mean(), color="black", linewidth=1.2, label=f"mean {values.mean():,.0f}, most {values.max():,}")
         if limit <= edge:
             axes.axvline(limit, color="black", linewidth=1.2, linestyle=":", label=f"limit {limit:,}")
         axes.set(xlabel=f"{name} tokens", ylabel="samples")

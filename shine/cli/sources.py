@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 from shine.config import SourceConfig, parse
 
 SYNTAX = "KIND[:PATH][,KEY=VALUE]..., as in race:data/race/all,split=validation,cloze=false"
+_COMMA = re.compile(r",(?![^\[{]*[\]}])")
 _OWN = {field.name for field in fields(SourceConfig)} - {"kind", "path", "options"}
 
 
@@ -19,12 +21,15 @@ def parse_source(text: str) -> SourceConfig:
     Raises:
         ValueError: it cannot be understood.
     """
-    head, *pairs = text.split(",")
+    head, *pairs = _COMMA.split(text)
     kind, _, path = head.partition(":")
     values: dict[str, Any] = {"kind": kind, "path": path or None, "options": {}}
     for pair in pairs:
         key, sign, value = pair.partition("=")
         if not sign:
             raise ValueError(f"--source {text}: {pair!r} is no KEY=VALUE; a source is {SYNTAX}")
-        (values if key in _OWN else values["options"])[key] = yaml.safe_load(value)
+        try:
+            (values if key in _OWN else values["options"])[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--source {text}: {value!r} cannot be read ({str(error).splitlines()[0]})") from None
     return parse(SourceConfig, values)

@@ -50,20 +50,20 @@ def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def pad_left(rows: Sequence[Sequence[int]], *, value: int) -> tuple[Tensor, Tensor | None]:
-    """Rows of ids as ``[B, T]`` with their mask, ``None`` when all rows are equally long."""
-    width = max(len(row) for row in rows)
+def pad_left(rows: Sequence[Sequence[int]], *, value: int, multiple: int = 1) -> tuple[Tensor, Tensor | None]:
+    """Rows of ids as ``[B, T]`` with their mask, ``None`` when nothing is padded; ``T`` is a multiple of ``multiple``."""
+    width = -(-max(len(row) for row in rows) // multiple) * multiple
     ids = torch.tensor([[value] * (width - len(row)) + list(row) for row in rows])
     if all(len(row) == width for row in rows):
         return ids, None
     return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
 
 
-def collate(samples: Sequence[Sample], *, pad_id: int) -> Batch:
-    """Samples to one batch."""
-    context_ids, context_mask = pad_left([sample.context_ids for sample in samples], value=pad_id)
-    input_ids, input_mask = pad_left([sample.input_ids for sample in samples], value=pad_id)
-    labels = pad_left([sample.labels for sample in samples], value=IGNORE)[0].flatten()
+def collate(samples: Sequence[Sample], *, pad_id: int, multiple: int = 1) -> Batch:
+    """Samples to one batch, both lengths padded to a multiple of ``multiple``: fewer different shapes, where these cost."""
+    context_ids, context_mask = pad_left([sample.context_ids for sample in samples], value=pad_id, multiple=multiple)
+    input_ids, input_mask = pad_left([sample.input_ids for sample in samples], value=pad_id, multiple=multiple)
+    labels = pad_left([sample.labels for sample in samples], value=IGNORE, multiple=multiple)[0].flatten()
     positions = (labels != IGNORE).nonzero().squeeze(1)
     return Batch(
         ids=tuple(sample.id for sample in samples),

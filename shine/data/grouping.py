@@ -57,7 +57,7 @@ def first_fit(costs: np.ndarray, *, limits: tuple[int, int], open_groups: int = 
     held: list[int] = []
     closed: list[int] = []
     opened = 0
-    for item, cost in enumerate(costs.tolist()):
+    for item, cost in enumerate(costs):
         count = len(held)
         fits = (room[:count, 0] >= cost[0]) & (room[:count, 1] >= cost[1])
         place = int(fits.argmax()) if count else 0

@@ -14,7 +14,10 @@ from sklearn.model_selection import GroupShuffleSplit
 from shine.config import SourceConfig
 from shine.data.examples import Example
 
-_WORD = re.compile(r"\w+")
+# A character of a script without spaces between words stands for a word.
+_WORD = re.compile(
+    r"[\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]|[^\W\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]+"
+)
 SHINGLE = 8
 """Words in a row that two texts must share to have something in common."""
 
@@ -69,27 +72,33 @@ class LeakCheck:
 
     Attributes:
         threshold: between 0 and 1.
-        overlaps: for each context found, the training context that holds most of it.
         trained: how many training contexts were looked at.
     """
 
     threshold: float = 0.5
-    overlaps: dict[str, Overlap] = field(default_factory=dict)
     trained: int = 0
-    _owners: dict[int, list[str]] = field(default_factory=dict, repr=False)
-    _sizes: dict[str, int] = field(default_factory=dict, repr=False)
+    _names: list[str] = field(default_factory=list, repr=False)
+    _sizes: list[int] = field(default_factory=list, repr=False)
+    _owners: dict[int, list[int]] = field(default_factory=dict, repr=False)
+    _best: dict[int, Overlap] = field(default_factory=dict, repr=False)
 
     @property
     def scored(self) -> int:
         """How many contexts are to be scored."""
-        return len(self._sizes)
+        return len(self._names)
+
+    @property
+    def overlaps(self) -> list[Overlap]:
+        """For each context found, the training context that holds most of it, the largest share first."""
+        return sorted(self._best.values(), key=lambda overlap: -overlap.share)
 
     def score(self, name: str, context: str) -> None:
-        """Add a context that will be scored."""
+        """Add a context that will be scored; names need not differ."""
         shingles = _shingles(context)
-        self._sizes[name] = len(shingles)
         for shingle in shingles:
-            self._owners.setdefault(shingle, []).append(name)
+            self._owners.setdefault(shingle, []).append(len(self._names))
+        self._names.append(name)
+        self._sizes.append(len(shingles))
 
     def train(self, name: str, context: str) -> None:
         """Look at a context that will be learned."""
@@ -97,9 +106,9 @@ class LeakCheck:
         shared = Counter(owner for shingle in _shingles(context) for owner in self._owners.get(shingle, ()))
         for scored, count in shared.items():
             share = count / self._sizes[scored]
-            best = self.overlaps.get(scored)
+            best = self._best.get(scored)
             if share >= self.threshold and (best is None or share > best.share):
-                self.overlaps[scored] = Overlap(scored, name, share)
+                self._best[scored] = Overlap(self._names[scored], name, share)
 
 
 def _shingles(text: str) -> set[int]:

@@ -50,6 +50,7 @@ def training_step(
     micro_batch_size: int,
     clip: float,
     pad_id: int,
+    pad_to_multiple: int = 1,
     ranks: Ranks,
     guard: Guard,
 ) -> StepResult:
@@ -68,7 +69,7 @@ def training_step(
     loss_sum = torch.zeros((), dtype=torch.promote_types(torch.float32, backbone.dtype), device=backbone.device)
     optimizer.zero_grad(set_to_none=True)
     for index, micro_batch in enumerate(micro_batches):
-        batch = collate(micro_batch, pad_id=pad_id).to(backbone.device)
+        batch = collate(micro_batch, pad_id=pad_id, multiple=pad_to_multiple).to(backbone.device)
         last = index + 1 == len(micro_batches)
         with accumulating(hypernetwork, last=last):
             losses, _ = label_losses(hypernetwork, backbone, batch)

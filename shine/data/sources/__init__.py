@@ -80,6 +80,12 @@ def read_source(config: SourceConfig, *, tokens: Callable[[str], int] = words, t
     if missing := sorted(set(needed) - set(config.options)):
         raise ValueError(f"options.{missing[0]}: missing; a {config.kind!r} source needs it")
 
+    if config.part != "all" and (reshaped := [name for name in ("pad_to", "lengths") if config.options.get(name)]):
+        raise ValueError(
+            f"options.{reshaped[0]}: contexts that are joined or cut cannot be split by context, since one would stand on both "
+            "sides; set part=all"
+        )
+
     def read(tally: Tally) -> Iterator[Example]:
         return READERS[config.kind](Source(config, tally.skip, tokens), **config.options)
 

@@ -117,6 +117,14 @@ def checked(row: Any, columns: Mapping[str, Any], place: str) -> Row:
     return row
 
 
+def spoken(row: Row, name: str, place: str) -> str:
+    """The text under ``name``, if it is not blank."""
+    text = str(row[name]).strip()
+    if not text:
+        raise ValueError(f"{place}: {name} is {row[name]!r:.60}, not a text that is not empty; mend the file")
+    return text
+
+
 def texts(value: Any, name: str, place: str) -> list[str]:
     """``value``, if it is a list of texts none of which is blank."""
     if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(t, str) and t.strip() for t in value):
@@ -139,7 +147,7 @@ def _file_rows(file: Path, *, kind: str, wanted: Sequence[str], needed: Sequence
 def _parquet_rows(file: Path, *, kind: str, wanted: Sequence[str], needed: Sequence[str]) -> Iterator[tuple[str, Row]]:
     number = 0
     # Damage inside a parquet file shows as an error of the system too.
-    with _damage_named(file, lambda: f"row {number}", OSError), pq.ParquetFile(file) as table:
+    with _damage_named(file, lambda: f"row {number}", OSError, UnicodeDecodeError), pq.ParquetFile(file) as table:
         there = table.schema_arrow.names
         if missing := [name for name in needed if name not in there]:
             raise ValueError(f"{file}: no column {', '.join(missing)} (there are {', '.join(there)}); is it a {kind!r} source?")
@@ -175,9 +183,13 @@ def _line_rows(file: Path, parse: Callable[[str, str], Any], *, skip_blank: bool
 def _json_line(line: str, place: str) -> Any:
     """The value on a line, or the error that says why there is none."""
     try:
-        return json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+        row = json.loads(line)
+        # Only an escape can stand for half a character, which is no text.
+        if "\\ud" in line.lower():
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        return row
+    except (ValueError, RecursionError) as error:
+        where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else _first_line(error)
         return ValueError(f"{place}: not JSON ({where}); mend the line")
 
 

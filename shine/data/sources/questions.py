@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from shine.data.examples import Example, Turn
-from shine.data.sources.files import Row, Source, parsed, texts
+from shine.data.sources.files import Row, Source, parsed, spoken, texts
 
 NO_ANSWER = "No Answer Present."
 """What MS MARCO v2.1 has in place of an answer."""
@@ -32,7 +32,7 @@ def read_squad(source: Source, *, pad_to: int | None = None, seed: int = 0) -> I
 
 def _squad_row(row: Row, place: str) -> tuple[str, str, Turn]:
     answers = texts(row["answers"].get("text"), "answers", f"{place} ({row['id']})")
-    return row["id"], row["context"], Turn(row["question"].strip(), tuple(dict.fromkeys(answers)))
+    return row["id"], row["context"], Turn(spoken(row, "question", place), tuple(dict.fromkeys(answers)))
 
 
 def _by_context(rows: Iterable[tuple[str, str, Turn]]) -> Iterator[Example]:
@@ -47,13 +47,15 @@ def _among_others(examples: Sequence[Example], source: Source, *, target: int, s
     for index, example in enumerate(examples):
         rng = random.Random(f"{seed} {example.id}")
         members, total = [index], lengths[index]
-        for other in rng.sample(range(len(examples)), len(examples)):
+        while len(members) < len(examples):
+            other = rng.randrange(len(examples))
+            if other in members:
+                continue
             # Nearer to the target with it than without: above and below cancel out on average.
             if abs(total + lengths[other] - target) >= abs(total - target):
                 break
-            if other != index:
-                members.append(other)
-                total += lengths[other]
+            members.append(other)
+            total += lengths[other]
         rng.shuffle(members)
         yield Example(example.id, "\n\n".join(examples[member].context for member in members), example.turns)
 
@@ -77,7 +79,7 @@ def _race_row(row: Row, place: str) -> tuple[str, str, Turn]:
     letters = "ABCD"[: len(options)]
     if row["answer"] not in tuple(letters):
         raise ValueError(f"{place}: the answer is {row['answer']!r}, not one of {', '.join(letters)}")
-    return row["example_id"], row["article"], Turn(row["question"].strip(), (options[letters.index(row["answer"])].strip(),))
+    return row["example_id"], row["article"], Turn(spoken(row, "question", place), (options[letters.index(row["answer"])].strip(),))
 
 
 def read_hotpotqa(source: Source) -> Iterator[Example]:
@@ -145,7 +147,7 @@ def read_msmarco(source: Source, *, passages: Literal["all", "selected"] = "all"
         chosen = row["passages"].get("is_selected") or [0] * len(found)
         kept = [text for text, mark in zip(found, chosen, strict=False) if mark or passages == "all"]
         answers = [str(answer) for answer in row["answers"] if str(answer).strip() and answer != NO_ANSWER]
-        turn = Turn(row["query"].strip(), tuple(dict.fromkeys(answers)), str(row.get("query_type") or ""))
+        turn = Turn(spoken(row, "query", place), tuple(dict.fromkeys(answers)), str(row.get("query_type") or ""))
         return Example(str(row["query_id"]), "\n\n".join(kept), (turn,))
 
     columns = {"query": str, "query_id": int | str, "answers": Sequence, "passages": Mapping}
@@ -154,7 +156,7 @@ def read_msmarco(source: Source, *, passages: Literal["all", "selected"] = "all"
 
 def _one_question(row: Row, name: str, context: str, answers: Sequence[str], place: str) -> Example:
     golds = texts(answers, "answer", place)
-    return Example(name, context, (Turn(row["question"].strip(), tuple(dict.fromkeys(golds)), str(row.get("type") or "")),))
+    return Example(name, context, (Turn(spoken(row, "question", place), tuple(dict.fromkeys(golds)), str(row.get("type") or "")),))
 
 
 def _paragraphs(context: Any, place: str) -> str:

@@ -76,7 +76,11 @@ def _pieces(text: str, lengths: Iterator[int], source: Source) -> Iterator[str]:
 def read_folder(source: Source) -> Iterator[Example]:
     """A folder of your own text files (``.txt``, ``.md``), folders below included: one example a file, its path the id."""
     folder = existing(source.config)
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES) if folder.is_dir() else [folder]
+    files = (
+        sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        if folder.is_dir()
+        else [folder]
+    )
     if not files:
         raise ValueError(f"{folder}: holds no {' or '.join(SUFFIXES)} file")
     for file in files:
