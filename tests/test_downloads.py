@@ -248,6 +248,23 @@ def test_offline_nothing_is_asked_and_what_is_there_is_verified(loopback: Loopba
 
 
 @pytest.mark.slow
+def test_one_bad_repository_does_not_stop_the_others(loopback: Loopback) -> None:
+    catalogue = CATALOGUE.replace("data:\n", "data:\n  gone: {repository: owner/gone, folder: data/gone, licence: MIT}\n")
+    (loopback.folder / "catalogue.yaml").write_text(catalogue)
+    listed = loopback.run("data", "--list")
+    assert (listed.returncode, loopback.fetched()) == (2, [])
+    assert re.search(r"set +owner/set +data/set +CC BY 4.0 +70 kB", listed.stdout)
+    loopback.spoil = lambda name, data: b"!" + data[1:] if name.endswith(".pt") else data
+    done = loopback.run("data")
+    assert done.returncode == 2
+    # One cannot be looked at, one arrives damaged, and the one after both is there.
+    assert done.stderr.startswith("error: 2 of 3 failed:\n  gone: looking at owner/gone failed")
+    assert "\n  set: data/train-00000-of-00001.parquet.pt damaged on the way" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (loopback.folder / "data" / "other.json").read_bytes() == DATA["other.json"]
+
+
+@pytest.mark.slow
 def test_the_list_fetches_nothing_and_an_unknown_name_or_hub_is_refused(loopback: Loopback) -> None:
     listed = loopback.run("data", "--list")
     assert (listed.returncode, loopback.fetched()) == (0, [])
@@ -307,6 +324,12 @@ def test_the_shipped_catalogue_holds_what_the_recipe_needs() -> None:
         parts = load(ROOT / "configs" / f"collection_{name}.yaml")["parts"].values()
         for part in parts:
             assert f"{part['source']['path']}/".startswith(f"{folders[part['hub']]}/")
+    # What can be fetched has the name of its source; MS MARCO's two versions are one repository.
+    sources = {path.stem for path in (ROOT / "configs" / "source").glob("*.yaml")} - {"folder", "jsonl", "worlds"}
+    assert {"msmarco" if name.startswith("msmarco_v") else name for name in sources} <= set(catalogue["data"])
+    for name in sources:
+        path = load(ROOT / "configs" / "source" / f"{name}.yaml")["path"]
+        assert f"{path}/".startswith(f"{catalogue['data']['msmarco' if name.startswith('msmarco_v') else name].folder}/")
     with pytest.raises(ValueError, match=r"Unexpected keyword|unknown key|extra"):
         parse(dict[str, Item], {"x": {"repository": "a/b", "folder": "c", "licence": "d", "license": "e"}})  # type: ignore[arg-type]
 

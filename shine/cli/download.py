@@ -44,20 +44,33 @@ def _download(args: argparse.Namespace) -> None:
 
     from shine.cli.collect import load
     from shine.config import parse
-    from shine.downloads import Item, fetch, list_files, size_of
+    from shine.downloads import Item, Listing, fetch, list_files, size_of
 
     catalogue = parse(dict[str, dict[str, Item]], load(args.catalogue))[args.group]
     if unknown := [name for name in args.names if name not in catalogue]:
         raise ValueError(f"no {unknown[0]!r} among {args.group}: there are {', '.join(catalogue)}")
     items = {name: catalogue[name] for name in args.names or catalogue}
-    listings = {name: list_files(name, item, hub=args.hub) for name, item in items.items()}
+    listings: dict[str, Listing] = {}
+    failures: dict[str, str] = {}
+    for name, item in items.items():
+        try:
+            listings[name] = list_files(name, item, hub=args.hub)
+        except (ValueError, OSError) as error:
+            failures[name] = str(error)
     table = Table("name", "from", "folder", "licence", box=None, pad_edge=False, header_style="bold")
     table.add_column("size", justify="right")
-    for name, item in items.items():
+    for name, listing in listings.items():
+        item = items[name]
         source = item.modelscope if args.hub == "modelscope" else item.repository
-        table.add_row(name, source, item.folder, item.licence, size_of(listings[name].size))
+        table.add_row(name, source, item.folder, item.licence, size_of(listing.size))
     table.add_row("", "", "", "", size_of(sum(listing.size for listing in listings.values())))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-    if not args.list:
-        for name, item in items.items():
-            fetch(name, item, listings[name], hub=args.hub, say=lambda line: print(line, flush=True))
+    if listings:
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
+    for name, listing in listings.items() if not args.list else ():
+        try:
+            fetch(name, items[name], listing, hub=args.hub, say=lambda line: print(line, flush=True))
+        except (ValueError, OSError) as error:
+            failures[name] = str(error)
+    if failures:
+        lines = "".join(f"\n  {name}: {failures[name].removeprefix(f'{name}: ')}" for name in items if name in failures)
+        raise ValueError(f"{len(failures)} of {len(items)} failed:{lines}")
