@@ -113,9 +113,7 @@ def json_reader(kind: type[T]) -> Callable[[str], T]:
     adapter = pydantic.TypeAdapter(kind)
 
     def read(text: str) -> T:
-        found = re.fullmatch(
-            r"\s*(?:<think>.*?</think>)?\s*(?:```(?:json)?\s*\n(?P<fenced>.*)```|(?P<plain>.*))\s*", text, re.DOTALL
-        )
+        found = _WRAPPED.fullmatch(text)
         assert found is not None
         try:
             return adapter.validate_json(found["fenced"] or found["plain"] or "")
