@@ -149,6 +149,25 @@ def test_a_part_that_turns_out_damaged_leaves_the_earlier_file_as_it_was(tmp_pat
     assert not list(tmp_path.glob(".*partial"))
 
 
+def test_a_file_that_was_not_built_here_is_never_replaced(tmp_path: Path) -> None:
+    config, output = collection("conversations", a=squad(tmp_path / "a", contexts=CONTEXTS)), tmp_path / "ift_pwc.json"
+    output.write_text("[]")
+    with pytest.raises(ValueError, match=r"no ift_pwc.json.manifest.json beside it.*choose another --output, or delete it"):
+        build_collection(config, output, tokens=words)
+    assert output.read_text() == "[]"
+    output.unlink()
+    items, _ = build(config, output)
+    # What was built here may be built again.
+    assert build(config, output)[0] == items
+
+
+def test_a_collection_without_an_item_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    empty = squad(tmp_path / "a", contexts=CONTEXTS[:1], answers=[[], []])
+    with pytest.raises(ValueError, match=r"no item in any part \(a, b\)"):
+        build_collection(collection("questions", a=empty, b=empty), tmp_path / "x.json", tokens=words)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_lengths_are_drawn(tmp_path: Path) -> None:
     reports = build_collection(
         collection("questions", a=squad(tmp_path / "a", contexts=CONTEXTS)), tmp_path / "x.json", tokens=words

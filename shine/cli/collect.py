@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from shine.config import parse
-from shine.data.collection import build_collection, check_parts, without_parts
+from shine.data.collection import build_collection, check_output, check_parts, without_parts
 from shine.data.histograms import plot_lengths
 from shine.data.plans import CollectionConfig
 
@@ -29,6 +29,7 @@ def run(name: str, *, output: str, description: str, argv: Sequence[str] | None 
     try:
         collection = without_parts(parse(CollectionConfig, load(args.config)), args.leave_out)
         check_parts(collection)
+        check_output(args.output)
         reports = build_collection(collection, args.output, tokens=token_counter(args.tokenizer), say=_say)
         plot_lengths(reports, f"{args.output}.lengths.png")
     except (ValueError, OSError) as error:

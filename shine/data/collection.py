@@ -62,9 +62,10 @@ def build_collection(
         say: told of each part when it is done.
 
     Raises:
-        ValueError: a part is not on this machine, or is damaged.
+        ValueError: a part is not on this machine, or is damaged; no part has an item; ``output`` is there and not written by us.
     """
     check_parts(config)
+    check_output(output)
     # The questions of a context may come one by one.
     tokens = lru_cache(maxsize=8)(tokens)
     output = Path(output).expanduser()
@@ -94,6 +95,10 @@ def build_collection(
             reports[name] = report
             say(f"{name}: {report.items:,} items, {report.questions:,} questions, {report.duplicates:,} duplicates dropped")
         whole.write(b"\n]\n")
+        if not any(report.items for report in reports.values()):
+            raise ValueError(
+                f"{output}: no item in any part ({', '.join(reports)}): look at their splits, limits and shares; nothing was written"
+            )
     manifest = {
         "file": output.name,
         "sha256": whole.sha256.hexdigest(),
@@ -103,9 +108,23 @@ def build_collection(
         "items": sum(report.items for report in reports.values()),
         "parts": {name: {**_described(config.parts[name]), **report.summary()} for name, report in reports.items()},
     }
-    with written_beside(output.with_name(f"{output.name}.manifest.json")) as stream:
+    with written_beside(_manifest(output)) as stream:
         stream.write((json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
     return reports
+
+
+def check_output(output: str | Path) -> None:
+    """Make sure that what will be replaced was built here, and not fetched: that is known by the manifest beside it.
+
+    Raises:
+        ValueError: it was not.
+    """
+    output = Path(output).expanduser()
+    if output.exists() and not _manifest(output).exists():
+        raise ValueError(
+            f"{output} is there and has no {_manifest(output).name} beside it, so it was not built here (a download?): "
+            "choose another --output, or delete it"
+        )
 
 
 def check_parts(config: CollectionConfig) -> None:
@@ -182,6 +201,10 @@ def _described(part: PartConfig) -> Mapping[str, Any]:
     source = part.source
     where = {"path": source.path, "split": source.split, "kind": source.kind, "options": dict(source.options)}
     return {"hub": part.hub, "licence": part.licence, "share": part.share, **where}
+
+
+def _manifest(output: Path) -> Path:
+    return output.with_name(f"{output.name}.manifest.json")
 
 
 def _fetch_command(part: PartConfig) -> str:
