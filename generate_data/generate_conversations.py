@@ -29,10 +29,13 @@ def main() -> int:
     try:
         config = parse(WritingConfig, load(args.config))
         tokens = token_counter(args.tokenizer)
-        contexts, usage = estimate(config, args.output)
-        cost = usage.cost(config.remote)
-        read, written = usage.prompt_tokens, usage.completion_tokens
-        print(f"{contexts:,} contexts to write about: about {read:,} tokens read, {written:,} written, cost {cost:.2f}")
+        ahead = estimate(config, args.output)
+        cost = ahead.usage.cost(config.remote)
+        read, written = ahead.usage.prompt_tokens, ahead.usage.completion_tokens
+        print(
+            f"{ahead.contexts:,} contexts to write about, {ahead.checks:,} checks of earlier pairs: "
+            f"about {read:,} tokens read, {written:,} written, cost {cost:.2f}"
+        )
         if not args.yes and not agreed():
             print("nothing was asked")
             return 1

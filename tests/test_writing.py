@@ -148,16 +148,75 @@ def test_failures_are_counted_kept_apart_and_asked_again_by_the_next_run(tmp_pat
 
 def test_the_estimate_says_what_is_left_and_grows_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, output = writing(tmp_path, 40), tmp_path / "c.json"
-    contexts, usage = estimate(config, output)
-    assert contexts == 40
+    ahead = estimate(config, output)
+    usage = ahead.usage
+    assert (ahead.contexts, ahead.checks) == (40, 0)
     # A context is read once to write and once for each pair; its 37 or 38 characters are about nine tokens.
     assert usage.prompt_tokens > 40 * 9 * (1 + config.turns)
-    more = estimate(replace(config, turns=16), output)[1]
+    more = estimate(replace(config, turns=16), output).usage
     assert more.prompt_tokens > 1.5 * usage.prompt_tokens
     assert more.completion_tokens == 2 * usage.completion_tokens
     with serving(monkeypatch):
         write(replace(config, sources=sources(tmp_path, 30)), output)
-    assert estimate(writing(tmp_path, 40), output)[0] == 10
+    ahead = estimate(writing(tmp_path, 40), output)
+    assert (ahead.contexts, ahead.checks) == (10, 0)
+
+
+def test_the_estimate_of_a_resumed_run_counts_the_checks_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unchecked(call: Call, attempt: int) -> Behaviour:
+        lost = call.text.startswith("RECALL") or "Where is X1" in call.text
+        return Refuse(400) if lost else model(call, attempt)
+
+    config, output = writing(tmp_path, 4), tmp_path / "c.json"
+    with serving(monkeypatch, unchecked):
+        write(config, output)
+    ahead = estimate(config, output)
+    # Four contexts of three pairs each: none recalled, and one support check lost.
+    assert (ahead.contexts, ahead.checks) == (0, 12 + 1)
+    # Each recall reads its prompt of 17 characters and a pair; the support check its prompt of 41 and the context of 36.
+    assert ahead.usage.prompt_tokens == 12 * (5 + 60) + (11 + 60 + 9)
+    assert ahead.usage.completion_tokens == 12 * 20 + 10
+    with serving(monkeypatch) as server:
+        write(config, output)
+    assert len(server.calls) == ahead.checks
+    done = estimate(config, output)
+    assert (done.contexts, done.checks, done.usage.prompt_tokens, done.usage.completion_tokens) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("change", ["model", "write", "support", "recall", "turns"])
+def test_a_journal_of_another_configuration_is_refused(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, output = writing(tmp_path, 1), tmp_path / "c.json"
+    with serving(monkeypatch):
+        write(config, output)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    if change == "model":
+        other = replace(config, remote=replace(REMOTE, model="other"))
+    else:
+        other = replace(config, **{change: 7 if change == "turns" else f"{PROMPTS[change]}!"})
+    with serving(monkeypatch) as server:
+        for start in (lambda: write(other, output), lambda: estimate(other, output)):
+            with pytest.raises(ValueError, match=r"c.json.written.jsonl was kept with another model.*choose another --output"):
+                start()
+        assert server.calls == []
+        # Patience, and what a server is told beside, may change.
+        patient = replace(config, remote=replace(REMOTE, attempts=5, options={"max_tokens": 9}))
+        assert write(patient, output).kept == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_context_that_left_the_sources_is_neither_checked_nor_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unchecked(call: Call, attempt: int) -> Behaviour:
+        return model(call, attempt) if call.text.startswith("WRITE") else Refuse(400)
+
+    output = tmp_path / "c.json"
+    with serving(monkeypatch, unchecked):
+        write(writing(tmp_path, 3), output)
+    with serving(monkeypatch) as server:
+        report = write(writing(tmp_path, 2), output)
+    assert len(server.calls) == 2 * 3 * 2
+    assert (report.contexts, report.pairs, report.kept) == (2, 6, 2)
+    contexts = sorted(item["context"] for item in json.loads(output.read_text()))
+    assert contexts == [f"Text {{number{index}}} with {{question}} in it" for index in range(2)]
 
 
 def script(folder: Path, server: OpenAIServer, *more: str, count: int = 12) -> tuple[list[str], dict[str, str]]:
@@ -188,7 +247,7 @@ def test_a_killed_script_goes_on_where_it_was(tmp_path: Path) -> None:
         process.wait()
         first = len(server.calls)
         assert not (tmp_path / "out" / "c.json").exists()
-        journal = tmp_path / "out" / "c.json.support.jsonl"
+        journal = tmp_path / "out" / "c.json.supported.jsonl"
         with journal.open("ab") as file:
             file.write(b'{"id": "torn')
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -206,7 +265,7 @@ def test_the_script_asks_before_it_spends(tmp_path: Path) -> None:
         command, environment = script(tmp_path, server)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
     assert done.returncode == 2
-    assert "12 contexts to write about: about" in done.stdout
+    assert "12 contexts to write about, 0 checks of earlier pairs: about" in done.stdout
     assert "start with --yes" in done.stderr
     assert server.calls == []
 

@@ -97,7 +97,7 @@ def build_collection(
         whole.write(b"\n]\n")
         if not any(report.items for report in reports.values()):
             raise ValueError(
-                f"{output}: no item in any part ({', '.join(reports)}): look at their splits, limits and shares; nothing was written"
+                f"no item in any part ({', '.join(reports)}), so {output} was not written: look at their splits, limits and shares"
             )
     manifest = {
         "file": output.name,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,31 +80,64 @@ class WritingReport:
         )
 
 
-def estimate(config: WritingConfig, output: str | Path) -> tuple[int, Usage]:
-    """Contexts still to be written, and the tokens that all passes over them will take, at four characters a token."""
-    done = {row["id"] for row in _journal(output, "written").rows()}
-    contexts, characters = 0, 0
-    for name, context in _contexts(config):
-        if name not in done:
-            contexts += 1
-            characters += len(context)
-    text = math.ceil(characters / _CHARACTERS_A_TOKEN)
-    prompts = {name: len(getattr(config, name)) // _CHARACTERS_A_TOKEN for name in ("write", "support", "recall")}
-    pair_tokens = prompts["support"] + prompts["recall"] + 2 * config.turn_tokens
-    read = text * (1 + config.turns) + contexts * (prompts["write"] + config.turns * pair_tokens)
+@dataclass(frozen=True)
+class Estimate:
+    """What a run has before it.
+
+    Attributes:
+        contexts: still to be written about.
+        checks: of pairs that earlier runs wrote, still to be made.
+        usage: tokens of both, and of the checks of what is still to be written, at four characters a token.
+    """
+
+    contexts: int
+    checks: int
+    usage: Usage
+
+
+def estimate(config: WritingConfig, output: str | Path) -> Estimate:
+    """What writing to ``output`` will take, after what its journals hold.
+
+    Raises:
+        ValueError: a source or a journal cannot be read, or a journal was kept under another configuration.
+    """
+    written, supported, recalled = _journals(config, output)
+    done = {row["id"] for row in written.rows()}
+    contexts = {name: _token_count(context) for name, context in _contexts(config)}
+    left = [count for name, count in contexts.items() if name not in done]
+    read = sum(left) + len(left) * _token_count(config.write)
+    said = len(left) * config.turns * config.turn_tokens
+    # Of the context of each support check that is still to be made, and the number of such recall checks.
+    supports = [count for count in left for _ in range(config.turns)]
+    recalls = len(left) * config.turns
+    earlier = 0
+    holds, answered = ({row["id"] for row in journal.rows()} for journal in (supported, recalled))
+    for name, context, _ in _pairs(written, contexts):
+        if name not in holds:
+            supports.append(_token_count(context))
+            earlier += 1
+        if name not in answered:
+            recalls += 1
+            earlier += 1
+    read += sum(supports) + len(supports) * (_token_count(config.support) + config.turn_tokens)
+    read += recalls * (_token_count(config.recall) + config.turn_tokens)
     # A verdict is a few tokens, an answer about a third of its pair.
-    return contexts, Usage(read, contexts * config.turns * (config.turn_tokens + 10 + config.turn_tokens // 3))
+    said += len(supports) * 10 + recalls * (config.turn_tokens // 3)
+    return Estimate(len(left), earlier, Usage(read, said))
 
 
 def write_conversations(config: WritingConfig, output: str | Path, *, tokens: Callable[[str], int]) -> WritingReport:
     """Write ``output`` (the schema of ``ift_pwc.json``) and ``<output>.jsonl`` (ours), with the pairs that passed both checks.
 
+    Contexts that are no longer in the sources stay in the journals and are neither checked nor written.
+
     Raises:
-        ValueError: no key, a source or a journal that cannot be read.
+        ValueError: no key, a source or a journal that cannot be read, a journal kept under another configuration.
     """
     output = Path(output).expanduser()
     report = WritingReport()
-    written, supported, recalled = (_journal(output, name) for name in ("written", "supported", "recalled"))
+    written, supported, recalled = journals = _journals(config, output)
+    current = {name for name, _ in _contexts(config)}
     failures = Journal(output.with_name(f"{output.name}.failures.jsonl"))
     failures.path.unlink(missing_ok=True)
     with failures:
@@ -115,12 +148,12 @@ def write_conversations(config: WritingConfig, output: str | Path, *, tokens: Ca
         _run("writing", write, Written, written, failures, config, report)
         support = (
             (_request(name, config.support, context=context, question=pair.question, answer=pair.answer), _NOTHING)
-            for name, context, pair in _pairs(written)
+            for name, context, pair in _pairs(written, current)
         )
         _run("support", support, Supported, supported, failures, config, report)
-        recall = ((_request(name, config.recall, question=pair.question), _NOTHING) for name, _, pair in _pairs(written))
+        recall = ((_request(name, config.recall, question=pair.question), _NOTHING) for name, _, pair in _pairs(written, current))
         _run("recall", recall, Recalled, recalled, failures, config, report)
-    _assemble(config, output, (written, supported, recalled), report, tokens)
+    _assemble(config, output, journals, current, report, tokens)
     return report
 
 
@@ -152,19 +185,26 @@ def _run(
                 yield request
 
     report.failures[name] = 0
+    mark = _configuration(config)
     with journal:
         for reply in ask(still_open(), json_reader(kind), config=config.remote):
             more = beside.pop(reply.id)
             report.usage += reply.usage
             if reply.value is not None:
-                journal.append({"id": reply.id, **more, **asdict(reply.value), "usage": asdict(reply.usage)})
+                row = {"id": reply.id, **more, **asdict(reply.value), "usage": asdict(reply.usage)}
+                journal.append({**row, "configuration": mark})
             else:
                 report.failures[name] += 1
                 failures.append({"id": reply.id, "pass": name, "reason": reply.failure, "attempts": reply.attempts})
 
 
 def _assemble(
-    config: WritingConfig, output: Path, journals: tuple[Journal, ...], report: WritingReport, tokens: Callable[[str], int]
+    config: WritingConfig,
+    output: Path,
+    journals: tuple[Journal, Journal, Journal],
+    current: Container[str],
+    report: WritingReport,
+    tokens: Callable[[str], int],
 ) -> None:
     written, supported, recalled = journals
     holds = {row["id"]: row["supported"] for row in supported.rows()}
@@ -185,6 +225,8 @@ def _assemble(
         published.write(b"[")
         separator = b"\n"
         for row in written.rows():
+            if row["id"] not in current:
+                continue
             pairs = [(f"{row['id']}#{index}", Pair(**pair)) for index, pair in enumerate(row["pairs"])]
             turns = tuple(Turn(pair.question, (pair.answer,)) for name, pair in pairs if passes(name, pair))
             report.contexts += 1
@@ -213,9 +255,9 @@ def _contexts(config: WritingConfig) -> Iterator[tuple[str, str]]:
             yield name, example.context
 
 
-def _pairs(written: Journal) -> Iterator[tuple[str, str, Pair]]:
+def _pairs(written: Journal, current: Container[str]) -> Iterator[tuple[str, str, Pair]]:
     for row in written.rows():
-        for index, pair in enumerate(row["pairs"]):
+        for index, pair in enumerate(row["pairs"] if row["id"] in current else ()):
             yield f"{row['id']}#{index}", row["context"], Pair(**pair)
 
 
@@ -227,6 +269,27 @@ def _request(name: str, prompt: str, **values: str) -> Request:
     return Request(name, [{"role": "user", "content": filled}])
 
 
-def _journal(output: str | Path, name: str) -> Journal:
+def _token_count(text: str) -> int:
+    return math.ceil(len(text) / _CHARACTERS_A_TOKEN)
+
+
+def _configuration(config: WritingConfig) -> str:
+    """What makes two runs one: with another model, prompt or number of turns their rows do not belong together."""
+    said = json.dumps([config.remote.model, config.write, config.support, config.recall, config.turns])
+    return hashlib.blake2b(said.encode("utf-8"), digest_size=8).hexdigest()
+
+
+def _journals(config: WritingConfig, output: str | Path) -> tuple[Journal, Journal, Journal]:
+    """Of the three passes, none of them from another configuration."""
     output = Path(output).expanduser()
-    return Journal(output.with_name(f"{output.name}.{name}.jsonl"))
+    written, supported, recalled = (
+        Journal(output.with_name(f"{output.name}.{name}.jsonl")) for name in ("written", "supported", "recalled")
+    )
+    mark = _configuration(config)
+    for journal in (written, supported, recalled):
+        if any(row.get("configuration") != mark for row in journal.rows()):
+            raise ValueError(
+                f"{journal.path} was kept with another model, other prompts or another number of turns: choose another --output, "
+                f"set them back, or delete {output}.*.jsonl to start anew"
+            )
+    return written, supported, recalled
