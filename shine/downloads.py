@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,10 +68,15 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a repository holds at one revision."""
+    """What a repository holds at one revision.
+
+    Attributes:
+        whole: ``files`` is known to be all of it, and not only what was fetched so far.
+    """
 
     revision: str
     files: tuple[RemoteFile, ...]
+    whole: bool = True
 
     @property
     def size(self) -> int:
@@ -86,20 +92,23 @@ def offline() -> bool:
 
 
 def list_files(name: str, item: Item, *, hub: Hub = "huggingface") -> Listing:
-    """The files of an item, from its hub; offline, from the record that its download left.
+    """The files of an item, from its hub; offline, from the record that its download left, ours or that of ``hf download``.
 
     Raises:
         ValueError: the hub cannot be reached or does not have it; offline, nothing was downloaded here before.
     """
     if offline():
         record = _record(name, item)
-        if not record.is_file():
+        if record.is_file():
+            kept = json.loads(record.read_text(encoding="utf-8"))
+            return Listing(kept["revision"], tuple(RemoteFile(**file) for file in kept["files"]))
+        listing = _list_local(item)
+        if not listing.files:
             raise ValueError(
                 f"HF_HUB_OFFLINE is set and {item.folder} holds no finished download of {name}: unset it, or copy the folder "
                 "from a machine that has it"
             )
-        kept = json.loads(record.read_text(encoding="utf-8"))
-        return Listing(kept["revision"], tuple(RemoteFile(**file) for file in kept["files"]))
+        return listing
     with _library_errors(f"looking at {item.repository}"):
         listing = _list_huggingface(item) if hub == "huggingface" else _list_modelscope(name, item)
     if not listing.files:
@@ -123,8 +132,11 @@ def fetch(
     folder = Path(item.folder).expanduser()
     missing = [file for file in listing.files if not file.is_at(folder)]
     if not missing:
-        _write_record(name, item, listing)
-        say(f"{name}: {folder} is complete, {len(listing.files)} files verified")
+        if listing.whole:
+            _write_record(name, item, listing)
+            say(f"{name}: {folder} is complete, {len(listing.files)} files verified")
+        else:
+            say(f"{name}: {folder} holds {len(listing.files)} files as `hf download` brought them, verified")
         return []
     damaged = [file.name for file in missing if (folder / file.name).exists()]
     if offline():
@@ -157,6 +169,31 @@ def size_of(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def _list_local(item: Item) -> Listing:
+    """What ``hf download --local-dir`` noted beside each file that it finished: commit, ETag and time, a line each.
+
+    The hub's ETag is the SHA-256 of a large file and git's blob hash of a small one; of another server's, only that the file is
+    there can be verified.
+    """
+    folder = Path(item.folder).expanduser()
+    notes = folder / ".cache" / "huggingface" / "download"
+    commits: list[tuple[float, str]] = []
+    files = []
+    for note in sorted(notes.rglob("*.metadata")):
+        name = note.relative_to(notes).as_posix().removesuffix(".metadata")
+        if not _wanted(name, item):
+            continue
+        try:
+            commit, etag, time = note.read_text(encoding="utf-8").split()
+            commits.append((float(time), commit))
+        except ValueError:
+            raise ValueError(f"{note}: not a note of `hf download`: run that again, or unset HF_HUB_OFFLINE") from None
+        size = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        sha256, blob = (etag if re.fullmatch(f"[0-9a-f]{{{digits}}}", etag) else None for digits in (64, 40))
+        files.append(RemoteFile(name, size, sha256, blob))
+    return Listing(max(commits)[1] if commits else "", tuple(files), whole=False)
 
 
 def _list_huggingface(item: Item) -> Listing:

@@ -19,6 +19,7 @@ import pytest
 from hubs import LARGE, Hub, _Handler
 
 from shine.cli.collect import load
+from shine.cli.main import main
 from shine.config import parse
 from shine.downloads import Item, RemoteFile, size_of
 
@@ -332,6 +333,46 @@ def test_the_shipped_catalogue_holds_what_the_recipe_needs() -> None:
         assert f"{path}/".startswith(f"{catalogue['data']['msmarco' if name.startswith('msmarco_v') else name].folder}/")
     with pytest.raises(ValueError, match=r"Unexpected keyword|unknown key|extra"):
         parse(dict[str, Item], {"x": {"repository": "a/b", "folder": "c", "licence": "d", "license": "e"}})  # type: ignore[arg-type]
+
+
+def _as_hf_leaves(folder: Path, files: dict[str, bytes]) -> None:
+    """Files and what ``hf download --local-dir`` notes of them."""
+    for name, data in files.items():
+        note = folder / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+        note.parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+        known = _known(name, data)
+        note.write_text(f"{'c' * 40}\n{known['lfs']['sha256'] if 'lfs' in known else known['blobId']}\n1700000000.5\n")
+
+
+def test_offline_a_folder_that_hf_download_filled_is_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "catalogue.yaml").write_text(CATALOGUE)
+    command = ["download", "data", "--catalogue", str(tmp_path / "catalogue.yaml")]
+    _as_hf_leaves(tmp_path / "data" / "set", DATA)
+    # One item of two is not there; the other is looked at all the same.
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert "set: data/set holds 2 files as `hf download` brought them, verified" in out
+    assert err.startswith("error: 1 of 2 failed:\n  part: HF_HUB_OFFLINE is set and data holds no finished download of part")
+    # Of a folder that several share, only the item's own files.
+    _as_hf_leaves(tmp_path / "data", {"other.json": b"[]\n", "another.json": b"{}\n"})
+    (tmp_path / "data" / "another.json").unlink()
+    assert main(command) == 0
+    assert "part: data holds 1 files" in capsys.readouterr().out
+    for name, damage in (("other.json", b"{}\n"), (next(iter(DATA)), b"q" * 70_000), ("other.json", None)):
+        path = tmp_path / "data" / "set" / name
+        path.write_bytes(damage) if damage else path.unlink()
+        assert main(["download", "data", "set", *command[2:]]) == 2
+        assert f"set: {name} in data/set missing or damaged" in capsys.readouterr().err
+        path.write_bytes(DATA[name])
+    (tmp_path / "data" / "set" / ".cache" / "huggingface" / "download" / "other.json.metadata").write_text("torn")
+    assert main(["download", "data", "set", *command[2:]]) == 2
+    assert "other.json.metadata: not a note of `hf download`" in capsys.readouterr().err
 
 
 def test_a_file_is_known_by_its_hash(tmp_path: Path) -> None:
