@@ -208,11 +208,11 @@ def _list_huggingface(item: Item) -> Listing:
 
 
 def _list_modelscope(name: str, item: Item) -> Listing:
-    if item.modelscope is None or item.kind != "model":
+    if item.modelscope is None:
         raise ValueError(f"{name} is not known to be on ModelScope: fetch it from the hub, or from a mirror with HF_ENDPOINT")
     from modelscope_hub import HubApi
 
-    rows = HubApi().list_repo_files(item.modelscope, "model")
+    rows = HubApi().list_repo_files(item.modelscope, item.kind)
     found = (row for row in rows if not row.is_dir and _wanted(row.path, item))
     return Listing("master", tuple(RemoteFile(row.path, row.size, row.sha256) for row in found))
 
@@ -234,7 +234,9 @@ def _fetch_modelscope(item: Item, listing: Listing, folder: Path, names: Sequenc
     from modelscope import snapshot_download
 
     patterns = [glob.escape(name) for name in names]
-    snapshot_download(item.modelscope, revision=listing.revision, local_dir=str(folder), allow_patterns=patterns)
+    snapshot_download(
+        item.modelscope, repo_type=item.kind, revision=listing.revision, local_dir=str(folder), allow_patterns=patterns
+    )
 
 
 def _record(name: str, item: Item) -> Path:

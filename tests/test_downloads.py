@@ -49,7 +49,10 @@ class _Downloads(_Handler):
     spoil: Callable[[str, bytes], bytes]
 
     def _handle(self, body: bytes) -> None:
-        path = unquote(urlparse(self.path).path).replace("/api/datasets/", "/api/models/").replace("/datasets/", "/", 1)
+        path = (
+            unquote(urlparse(self.path).path).replace("/api/v1/datasets/", "/api/v1/models/").replace("/repo/tree", "/repo/files")
+        )
+        path = path.replace("/api/datasets/", "/api/models/").replace("/datasets/", "/", 1)
         if match := re.fullmatch("/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
             self.hub.requests.append((self.command, path))
             oid, files = self.hub.find(match[1], "main")
@@ -110,6 +113,7 @@ class Loopback:
         for repository, files, branch in (
             ("owner/tiny", FILES, "main"),
             ("owner/set", DATA, "main"),
+            ("scope/set", DATA, "master"),
             ("scope/tiny", {"config.json": FILES["config.json"], "model.safetensors": WEIGHTS}, "master"),
         ):
             self.hub.create(repository, private=False, main=branch)
@@ -295,6 +299,17 @@ def test_modelscope_has_the_same_rules(loopback: Loopback) -> None:
     mended = loopback.run("models", "--from", "modelscope")
     assert mended.returncode == 0, mended.stderr
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.slow
+def test_modelscope_brings_data_sets_where_it_has_them(loopback: Loopback) -> None:
+    catalogue = CATALOGUE.replace("licence: CC BY 4.0}", "licence: CC BY 4.0, modelscope: scope/set}")
+    (loopback.folder / "catalogue.yaml").write_text(catalogue)
+    done = loopback.run("data", "--from", "modelscope")
+    assert done.returncode == 2
+    assert "error: 1 of 2 failed:\n  part: part is not known to be on ModelScope" in done.stderr
+    assert "set: 2 files fetched into data/set" in done.stdout
+    assert {name: (loopback.folder / "data" / "set" / name).read_bytes() for name in DATA} == DATA
 
 
 @pytest.mark.parametrize("group", ["models", "data"])
