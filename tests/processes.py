@@ -16,6 +16,7 @@ import torch
 from runs import train_config
 from torch import Tensor, nn
 
+from shine.cli.stages import train_and_evaluate
 from shine.training import step
 from shine.training.loop import train
 
@@ -66,7 +67,7 @@ def run_rank(
             seed = torch.manual_seed
             monkeypatch.setattr(torch, "manual_seed", lambda value: seed(value + 1000 * rank))
         try:
-            train(train_config(folder, Path(output), **changes))
+            train_and_evaluate(train_config(folder, Path(output), **changes))
         except BaseException:
             error_file(Path(output), rank).write_text(traceback.format_exc(), encoding="utf-8")
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -13,11 +14,11 @@ from typing import Any
 
 import pytest
 from processes import Fault, error_file, run_ranks
-from runs import losses_of, stage_config, train_config
+from runs import WORLDS, losses_of, stage_config, train_config
 from safetensors.torch import load_file
 
 from shine.checkpoint import WEIGHTS_FILE
-from shine.config import BackboneConfig
+from shine.config import BackboneConfig, DataConfig, PromptConfig, ScoringConfig
 from shine.training.loop import train
 from shine.training.state import step_directories
 
@@ -85,6 +86,17 @@ def test_a_bad_number_on_one_rank_skips_the_step_on_both(where: Any, tiny_backbo
     assert '"step": 2' in row
     assert '"samples": ["world-' in row
     assert not (tmp_path / "good" / "bad_steps.jsonl").exists()
+
+
+def test_ranks_evaluate_what_they_trained(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """Training and evaluation in one process of each rank: they meet once."""
+    data = DataConfig(train={"worlds": WORLDS}, test={"worlds": replace(WORLDS, options={"count": 3, "seed": 7})})
+    stage = stage_config("1qa", micro_batch_size=1, steps=2)
+    scoring = ScoringConfig(prompts=PromptConfig(system="Be brief.", in_context="{context}\n{question}"), max_new_tokens=2)
+    changes = {"stage": stage, "data": data, "evaluate_at_end": True, "scoring": scoring}
+    assert run_ranks(2, tiny_backbone_folder, tmp_path / "run", **changes) == [0, 0]
+    summary = json.loads((tmp_path / "run" / "evaluation" / "summary.json").read_text())
+    assert set(summary["sources"]) == {"worlds"}
 
 
 def test_ranks_that_drift_apart_are_noticed(tiny_backbone_folder: str, tmp_path: Path) -> None:

@@ -95,12 +95,17 @@ def _bit_sum(tensor: Tensor) -> Tensor:
 def join_ranks(device: str) -> Iterator[Ranks]:
     """Join the process group that ``torchrun`` describes in the environment, if it does, and leave it at the end.
 
+    Inside another such block it is the same ranks, and the outer block leaves: a group cannot be joined a second time.
+
     Args:
         device: where the run computes (``auto``, ``cpu``, ``cuda``); it decides how ranks talk.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks()
+        return
+    if dist.is_initialized():
+        yield _ranks()
         return
     cuda = torch.cuda.is_available() and device != "cpu"
     if "LOCAL_RANK" not in os.environ:
@@ -112,6 +117,11 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        yield Ranks(dist.get_rank(), size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        yield _ranks()
     finally:
         dist.destroy_process_group()
+
+
+def _ranks() -> Ranks:
+    size = dist.get_world_size()
+    return Ranks(dist.get_rank(), size, int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
