@@ -210,7 +210,14 @@ def test_every_experiment_goes_once_through(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        overrides = [f"experiment={experiment}", f"stage={stage}", "output=out", "dry_run=true", "evaluate_at_end=true", "backbone.device=cpu"]
+        overrides = [
+            f"experiment={experiment}",
+            f"stage={stage}",
+            "output=out",
+            "dry_run=true",
+            "evaluate_at_end=true",
+            "backbone.device=cpu",
+        ]
         values: Any = OmegaConf.to_container(compose("train", overrides=overrides), resolve=True)
     config = parse(TrainConfig, values)
     train_and_evaluate(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -51,6 +51,34 @@ class Ranks:
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def of_first(self, values: Sequence[float], *, device: torch.device) -> list[float]:
+        """Rank 0's numbers, on every rank: what all must decide alike is decided by one."""
+        if self.size == 1:
+            return list(values)
+        shared = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.broadcast(shared, 0)
+        return shared.tolist()
+
+    def ask_first(self, find: Callable[[], T]) -> T:
+        """What ``find`` returns on rank 0, on every rank.
+
+        Raises:
+            ValueError: ``find`` raised one; on every rank, so that none waits for another.
+        """
+        if self.size == 1:
+            return find()
+        found: list[T] = []
+        refusal = ""
+        if self.first:
+            try:
+                found = [find()]
+            except ValueError as error:
+                refusal = str(error)
+        found, refusal = self.gather((found, refusal))[0]
+        if not found:
+            raise ValueError(refusal)
+        return found[0]
 
     def check_equal(self, module: nn.Module, *, step: int) -> None:
         """Make sure that every rank holds the same parameters; where each holds its own part of them, nothing can be compared.
