@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shine.manifest import MANIFEST_FILE, damage, write_manifest
+from shine.manifest import MANIFEST_FILE, damage, unlisted, write_manifest
 from shine.released import RELEASED_FILES
 
 FILES = ("config.json", "hypernetwork.safetensors", *RELEASED_FILES)
@@ -70,6 +70,8 @@ def download(remote: HubId) -> Path:
     if not any((folder / name).is_file() for name in FILES):
         raise ValueError(f"{remote} holds no checkpoint: none of {', '.join(FILES)} is in it; name another repository or revision")
     problem = damage(folder) if (folder / MANIFEST_FILE).is_file() else None
+    if problem is None and (others := unlisted(folder, FILES)):
+        problem = f"{others[0]} is of another checkpoint than the one that was pushed"
     if problem is not None:
         raise ValueError(f"{remote}: {problem}; delete {folder} and pull again, or have it pushed again")
     return folder
@@ -77,6 +79,8 @@ def download(remote: HubId) -> Path:
 
 def upload(folder: Path, remote: HubId, *, private: bool) -> HubId:
     """Bring a checkpoint to a hub, with a manifest of its files; the repository is made where it is not there.
+
+    A checkpoint of the other format that the repository holds gives way, other files stay.
 
     Args:
         folder: a checkpoint directory, ours or released.
@@ -112,12 +116,19 @@ def _download(remote: HubId) -> Path:
 
 def _upload(folder: Path, remote: HubId, *, private: bool) -> HubId:
     message = "Push a SHINE hypernetwork"
+    others = [name for name in FILES if not (folder / name).exists()]
     if remote.hub == "hf":
         from huggingface_hub import HfApi
 
         api = HfApi()
         api.create_repo(remote.repository, private=private, exist_ok=True)
-        done = api.upload_folder(repo_id=remote.repository, folder_path=folder, revision=remote.revision, commit_message=message)
+        done = api.upload_folder(
+            repo_id=remote.repository,
+            folder_path=folder,
+            revision=remote.revision,
+            commit_message=message,
+            delete_patterns=others,
+        )
         return HubId("hf", remote.repository, done.oid)
     from modelscope.hub.api import HubApi
 
@@ -131,6 +142,7 @@ def _upload(folder: Path, remote: HubId, *, private: bool) -> HubId:
         use_cache=False,
         disable_tqdm=True,
     )
+    hub.delete_files(remote.repository, "model", delete_patterns=others, revision=remote.revision)
     return remote
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 MANIFEST_FILE = "manifest.json"
@@ -32,6 +33,12 @@ def damage(directory: Path) -> str | None:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{MANIFEST_FILE} cannot be read ({type(error).__name__})"
     return None
+
+
+def unlisted(directory: Path, names: Iterable[str]) -> list[str]:
+    """Which of ``names`` lie in a whole folder (see `damage`) and are not in its manifest."""
+    manifest = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
+    return [name for name in names if name not in manifest and (directory / name).exists()]
 
 
 def _sha256(file: Path) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -35,9 +35,9 @@ class Hub:
         if repository not in self.commits:
             self.commits[repository], self.heads[repository], self.private[repository] = {"0" * 40: {}}, {main: "0" * 40}, private
 
-    def commit(self, repository: str, branch: str, files: dict[str, bytes]) -> str:
+    def commit(self, repository: str, branch: str, files: dict[str, bytes], *, gone: Sequence[str] = ()) -> str:
         before = self.commits[repository][self.heads[repository].get(branch, "0" * 40)]
-        content = {**before, **files}
+        content = {name: data for name, data in {**before, **files}.items() if name not in gone}
         oid = hashlib.sha1(repr(sorted(content.items())).encode()).hexdigest()
         self.commits[repository][oid] = content
         self.heads[repository][branch] = oid
@@ -96,13 +96,15 @@ class _Handler(BaseHTTPRequestHandler):
             objects = json.loads(body)["objects"]
             self._send({"transfer": "basic", "objects": [self._upload_of(item) for item in objects]})
         elif match := re.fullmatch("/api/models/([^/]+/[^/]+)/commit/(.+)", path):
-            changed = {}
+            changed, gone = {}, []
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     changed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
                 elif line["key"] == "lfsFile":
                     changed[line["value"]["path"]] = hub.blobs[line["value"]["oid"]]
-            oid = hub.commit(match[1], match[2], changed)
+                elif line["key"] == "deletedFile":
+                    gone.append(line["value"]["path"])
+            oid = hub.commit(match[1], match[2], changed, gone=gone)
             self._send({"success": True, "commitOid": oid, "commitUrl": f"{hub.url}/{match[1]}/commit/{oid}"})
         elif match := re.fullmatch("/api/models/([^/]+/[^/]+)/(revision|tree)/(.+)", path):
             found = self._look(match[1], match[3])
@@ -150,8 +152,10 @@ class _Handler(BaseHTTPRequestHandler):
             data = {"objects": [self._upload_of(item) for item in json.loads(body)["objects"]]}
         elif match := re.fullmatch("repos/models/([^/]+/[^/]+)/commit/(.+)", path):
             actions = json.loads(body)["actions"]
-            changed = {a["path"]: hub.blobs[a["sha256"]] if a["type"] == "lfs" else base64.b64decode(a["content"]) for a in actions}
-            data = {"oid": hub.commit(match[1], match[2], changed)}
+            gone = [a["path"] for a in actions if a["action"] == "delete"]
+            kept = [a for a in actions if a["action"] != "delete"]
+            changed = {a["path"]: hub.blobs[a["sha256"]] if a["type"] == "lfs" else base64.b64decode(a["content"]) for a in kept}
+            data = {"oid": hub.commit(match[1], match[2], changed, gone=gone)}
         elif match := re.fullmatch("models/([^/]+/[^/]+)/repo/files", path):
             try:
                 oid, files = hub.find(match[1], query["Revision"])

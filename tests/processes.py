@@ -16,8 +16,10 @@ import torch
 from runs import train_config
 from torch import Tensor, nn
 
+from shine.cli.stages import train_and_evaluate
 from shine.training import step
 from shine.training.loop import train
+from shine.training.validation import Validation
 
 # Forked from a server that has imported everything once, a process starts in a fraction of a second.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -26,12 +28,15 @@ CONTEXT.set_forkserver_preload(["processes"])
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong on rank 1: ``where``, in its ``call``-th micro-batch."""
+    """What goes wrong on rank 1: ``where``, in its ``call``-th micro-batch; ``validation`` and ``norm``: from that call of theirs on."""
 
-    where: Literal["loss", "gradient", "weight", "death"]
+    where: Literal["loss", "gradient", "weight", "death", "validation", "norm"]
     call: int
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if self.where in ("validation", "norm"):
+            self._disagree(monkeypatch)
+            return
         calls, real = itertools.count(1), step.label_losses
 
         def label_losses(hypernetwork: nn.Module, *args: Any) -> tuple[Tensor, Tensor]:
@@ -51,6 +56,22 @@ class Fault:
 
         monkeypatch.setattr(step, "label_losses", label_losses)
 
+    def _disagree(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Rank 1 measures a thousandfold of what rank 0 does."""
+        calls, measure, clip = itertools.count(1), Validation.measure, nn.utils.clip_grad_norm_
+
+        def factor() -> float:
+            return 1e3 if next(calls) >= self.call else 1.0
+
+        def measured(*args: Any) -> dict[str, float]:
+            by = factor()
+            return {name: value * by for name, value in measure(*args).items()}
+
+        if self.where == "validation":
+            monkeypatch.setattr(Validation, "measure", measured)
+        else:
+            monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *args: clip(*args) * factor())
+
 
 def run_rank(
     rank: int, size: int, port: int, folder: str, output: str, fault: Fault | None, own_seeds: bool, changes: dict[str, Any]
@@ -66,7 +87,7 @@ def run_rank(
             seed = torch.manual_seed
             monkeypatch.setattr(torch, "manual_seed", lambda value: seed(value + 1000 * rank))
         try:
-            train(train_config(folder, Path(output), **changes))
+            train_and_evaluate(train_config(folder, Path(output), **changes))
         except BaseException:
             error_file(Path(output), rank).write_text(traceback.format_exc(), encoding="utf-8")
             raise

@@ -463,3 +463,15 @@ def test_the_command_writes_the_published_format(saved: Path, tmp_path: Path, ca
     assert all(torch.equal(tensor, ours[name]) for name, tensor in read_released(tmp_path / "out").items())
     assert main(["release", str(saved), str(tmp_path / "out")]) == 2
     assert "mem_tokens.pt is there already; name another folder" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_not_released_over_itself(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    assert main(["release", str(saved), str(saved)]) == 2
+    assert f"{saved}: holds a checkpoint of ours, which these files would hide; name another folder" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    assert main(["release", str(saved), str(tmp_path / "notes")]) == 2
+    assert "holds something else (mine.txt)" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "notes").iterdir()] == ["mine.txt"]

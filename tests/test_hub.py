@@ -20,9 +20,10 @@ from shine.backbone import Backbone
 from shine.checkpoint import CheckpointInfo, load_hypernetwork, read_info, read_weights, save_hypernetwork
 from shine.cli.main import main
 from shine.config import BackboneConfig
-from shine.hub import HubId, download, hub_id
+from shine.hub import FILES, HubId, download, hub_id
 from shine.hypernetwork import Hypernetwork
 from shine.manifest import damage
+from shine.released import RELEASED_FILES
 
 RELEASED = Path(__file__).parent / "fixtures" / "tiny_qwen3" / "reference_checkpoint"
 HUBS = ("hf", "ms")
@@ -118,6 +119,31 @@ def test_a_released_directory_travels_too(kind: str, hub: Hub, tmp_path: Path) -
     assert main(["push", str(RELEASED), f"{kind}:me/released"]) == 0
     assert main(["pull", f"{kind}:me/released", str(tmp_path / "back")]) == 0
     assert torch.equal(read_weights(tmp_path / "back")["memory_tokens"], read_weights(RELEASED)["memory_tokens"])
+
+
+@pytest.mark.parametrize("kind", HUBS)
+def test_a_push_replaces_a_checkpoint_of_the_other_format(kind: str, hub: Hub, saved: Path, tmp_path: Path) -> None:
+    """Ours over a released one and back; what else the repository holds stays."""
+    branch = {"hf": "main", "ms": "master"}[kind]
+    hub.create("me/twelve", private=False, main=branch)
+    hub.commit("me/twelve", branch, {"README.md": b"hello"})
+    for source in (RELEASED, saved, RELEASED):
+        assert main(["push", str(source), f"{kind}:me/twelve"]) == 0
+        _, files = hub.find("me/twelve", branch)
+        names = {file.name for file in source.iterdir()} & set(FILES)
+        assert set(files) == names | {"manifest.json", "README.md"}
+        # ModelScope's cache keeps what a repository no longer has, which is refused with the advice to delete it.
+        shutil.rmtree(tmp_path / "ms-cache", ignore_errors=True)
+        assert torch.equal(read_weights(f"{kind}:me/twelve")["memory_tokens"], read_weights(source)["memory_tokens"])
+
+
+@pytest.mark.parametrize("kind", HUBS)
+def test_two_formats_in_one_repository_are_refused(kind: str, hub: Hub, saved: Path) -> None:
+    main(["push", str(saved), f"{kind}:me/thirteen"])
+    files = {name: (RELEASED / name).read_bytes() for name in RELEASED_FILES}
+    hub.commit("me/thirteen", {"hf": "main", "ms": "master"}[kind], files)
+    with pytest.raises(ValueError, match=r"mem_tokens\.pt is of another checkpoint than the one that was pushed; delete"):
+        read_weights(f"{kind}:me/thirteen")
 
 
 @pytest.mark.parametrize("kind", HUBS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -13,11 +14,11 @@ from typing import Any
 
 import pytest
 from processes import Fault, error_file, run_ranks
-from runs import losses_of, stage_config, train_config
+from runs import WORLDS, losses_of, stage_config, train_config
 from safetensors.torch import load_file
 
 from shine.checkpoint import WEIGHTS_FILE
-from shine.config import BackboneConfig
+from shine.config import BackboneConfig, DataConfig, PromptConfig, ScoringConfig
 from shine.training.loop import train
 from shine.training.state import step_directories
 
@@ -85,6 +86,40 @@ def test_a_bad_number_on_one_rank_skips_the_step_on_both(where: Any, tiny_backbo
     assert '"step": 2' in row
     assert '"samples": ["world-' in row
     assert not (tmp_path / "good" / "bad_steps.jsonl").exists()
+
+
+def test_ranks_evaluate_what_they_trained(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """Training and evaluation in one process of each rank: they meet once."""
+    data = DataConfig(train={"worlds": WORLDS}, test={"worlds": replace(WORLDS, options={"count": 3, "seed": 7})})
+    stage = stage_config("1qa", micro_batch_size=1, steps=2)
+    scoring = ScoringConfig(prompts=PromptConfig(system="Be brief.", in_context="{context}\n{question}"), max_new_tokens=2)
+    changes = {"stage": stage, "data": data, "evaluate_at_end": True, "scoring": scoring}
+    assert run_ranks(2, tiny_backbone_folder, tmp_path / "run", **changes) == [0, 0]
+    summary = json.loads((tmp_path / "run" / "evaluation" / "summary.json").read_text())
+    assert set(summary["sources"]) == {"worlds"}
+
+
+@pytest.mark.parametrize("where", ["validation", "norm"])
+def test_what_one_rank_measures_otherwise_parts_none(where: Any, tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """Which checkpoint is the best, and which step is a spike, is rank 0's to say: the runs with and without are the same."""
+    stage = stage_config(
+        "mqa", micro_batch_size=1, steps=8, evaluate_every=2, evaluation_batches=1, check_every=1, spike_factor=50.0, spike_window=2
+    )
+    changes = {"stage": stage, "engine": "fsdp" if where == "validation" else "ddp"}
+    for name, fault in (("odd", Fault(where, call=2)), ("even", None)):
+        assert run_ranks(2, tiny_backbone_folder, tmp_path / name, fault=fault, **changes) == [0, 0]
+    odd, even = tmp_path / "odd", tmp_path / "even"
+    assert losses_of(odd) == losses_of(even)
+    assert len({best.name for best in even.glob("best-*")}) == 1
+    assert [best.name for best in odd.glob("best-*")] == [best.name for best in even.glob("best-*")]
+    assert_same_weights(odd, even, tolerance=0.0)
+
+
+def test_what_the_first_rank_refuses_all_refuse(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    assert run_ranks(2, tiny_backbone_folder, tmp_path / "run", from_scratch=False) == [1, 1]
+    for rank in range(2):
+        error = error_file(tmp_path / "run", rank).read_text().strip().splitlines()[-1]
+        assert error.startswith("ValueError: checkpoint: missing; stage mqa starts from the stage before it"), error
 
 
 def test_ranks_that_drift_apart_are_noticed(tiny_backbone_folder: str, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 from runs import losses_of
 
 from shine.checkpoint import read_info
+from shine.cli.stages import train_and_evaluate
 from shine.config import EvaluationConfig, TrainConfig, parse
-from shine.training.loop import train
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "scripts").glob("*/*.sh"))
@@ -210,10 +210,17 @@ def test_every_experiment_goes_once_through(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        overrides = [f"experiment={experiment}", f"stage={stage}", "output=out", "dry_run=true", "backbone.device=cpu"]
+        overrides = [
+            f"experiment={experiment}",
+            f"stage={stage}",
+            "output=out",
+            "dry_run=true",
+            "evaluate_at_end=true",
+            "backbone.device=cpu",
+        ]
         values: Any = OmegaConf.to_container(compose("train", overrides=overrides), resolve=True)
     config = parse(TrainConfig, values)
-    train(config)
+    train_and_evaluate(config)
     said = capsys.readouterr().out
     assert "dry run: everything fits together, one step was done" in said
     assert f"{stage} backbone 1/1  loss" in said

@@ -17,16 +17,22 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         examples="shine release outputs/mqa checkpoints/mine/iftpwc/checkpoint-epoch-2",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, or a checkpoint in it")
-    parser.add_argument("folder", metavar="FOLDER", help="where to write; made if it is not there")
+    parser.add_argument("folder", metavar="FOLDER", help="where to write; a new or an empty one")
     parser.set_defaults(run=_release)
 
 
 def _release(args: argparse.Namespace) -> None:
-    from shine.checkpoint import output_folder, read_weights
+    from shine.checkpoint import CONFIG_FILE, output_folder, read_weights
+    from shine.files import may_replace, written_beside
     from shine.released import RELEASED_FILES, write_released
 
     folder = output_folder(args.folder)
+    if (folder / CONFIG_FILE).exists():
+        raise ValueError(f"{folder}: holds a checkpoint of ours, which these files would hide; name another folder")
     if there := [name for name in RELEASED_FILES if (folder / name).exists()]:
         raise ValueError(f"{folder}: {there[0]} is there already; name another folder")
-    write_released(folder, read_weights(args.checkpoint))
+    may_replace(folder, names=frozenset(), what="released checkpoint")
+    weights = read_weights(args.checkpoint)
+    with written_beside(folder) as place:
+        write_released(place, weights)
     print(folder)

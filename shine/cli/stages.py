@@ -7,15 +7,17 @@ from pathlib import Path
 
 from shine.config import EvaluationConfig, TrainConfig
 from shine.evaluation.run import evaluate
+from shine.training.distributed import join_ranks
 from shine.training.loop import train
 
 
 def train_and_evaluate(config: TrainConfig) -> Path:
     """Train, and with ``evaluate_at_end`` evaluate what came out; the directory of the final checkpoint."""
-    final = train(config)
-    if config.evaluate_at_end and not config.dry_run:
-        evaluate(evaluation_of(config, final))
-    return final
+    with join_ranks(config.backbone.device):
+        final = train(config)
+        if config.evaluate_at_end and not config.dry_run:
+            evaluate(evaluation_of(config, final))
+        return final
 
 
 def evaluation_of(config: TrainConfig, checkpoint: Path) -> EvaluationConfig:

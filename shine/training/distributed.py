@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -52,6 +52,34 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def of_first(self, values: Sequence[float], *, device: torch.device) -> list[float]:
+        """Rank 0's numbers, on every rank: what all must decide alike is decided by one."""
+        if self.size == 1:
+            return list(values)
+        shared = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.broadcast(shared, 0)
+        return shared.tolist()
+
+    def ask_first(self, find: Callable[[], T]) -> T:
+        """What ``find`` returns on rank 0, on every rank.
+
+        Raises:
+            ValueError: ``find`` raised one; on every rank, so that none waits for another.
+        """
+        if self.size == 1:
+            return find()
+        found: list[T] = []
+        refusal = ""
+        if self.first:
+            try:
+                found = [find()]
+            except ValueError as error:
+                refusal = str(error)
+        found, refusal = self.gather((found, refusal))[0]
+        if not found:
+            raise ValueError(refusal)
+        return found[0]
+
     def check_equal(self, module: nn.Module, *, step: int) -> None:
         """Make sure that every rank holds the same parameters; where each holds its own part of them, nothing can be compared.
 
@@ -95,12 +123,17 @@ def _bit_sum(tensor: Tensor) -> Tensor:
 def join_ranks(device: str) -> Iterator[Ranks]:
     """Join the process group that ``torchrun`` describes in the environment, if it does, and leave it at the end.
 
+    Inside another such block it is the same ranks, and the outer block leaves: a group cannot be joined a second time.
+
     Args:
         device: where the run computes (``auto``, ``cpu``, ``cuda``); it decides how ranks talk.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks()
+        return
+    if dist.is_initialized():
+        yield _ranks()
         return
     cuda = torch.cuda.is_available() and device != "cpu"
     if "LOCAL_RANK" not in os.environ:
@@ -112,6 +145,11 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        yield Ranks(dist.get_rank(), size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        yield _ranks()
     finally:
         dist.destroy_process_group()
+
+
+def _ranks() -> Ranks:
+    size = dist.get_world_size()
+    return Ranks(dist.get_rank(), size, int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", size)))

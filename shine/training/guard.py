@@ -15,8 +15,7 @@ NOT_FINITE, SPIKE = "the loss or the gradient is not finite", "the gradient is a
 class Guard:
     """Looks at each step's loss and gradient norm before the optimizer uses the gradient.
 
-    Both are global values, equal on every rank, and so is the window of earlier norms: all ranks come to the same verdict without
-    talking about it.
+    Both are global values, rank 0's on every rank, and so is the window of earlier norms: all ranks come to the same verdict.
 
     Args:
         stage: ``spike_factor`` times the median norm of the last ``spike_window`` steps taken is a spike; ``most_skipped`` steps

@@ -59,8 +59,7 @@ def train(config: TrainConfig) -> Path:
 def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Path:
     """`train`, on ranks that have met."""
     # One rank looks, before any writes; what it refuses is said once.
-    start = ranks.gather(starting_point(config, say=print) if ranks.first else None)[0]
-    assert start is not None
+    start = ranks.ask_first(lambda: starting_point(config, say=print))
     if start.finished:
         assert start.directory is not None
         if ranks.first:
@@ -222,7 +221,7 @@ class _Run:
         monitor.record(scalars)
         monitor.show_answers(self.validation.answers(self.hypernetwork))
         losses = [value for name, value in scalars.items() if name.endswith("/loss")]
-        loss = sum(losses) / len(losses)
+        [loss] = self.ranks.of_first([sum(losses) / len(losses)], device=self.backbone.device)
         if self.best is None or loss < self.best:
             self.best = loss
             weights = whole_weights(self.hypernetwork)

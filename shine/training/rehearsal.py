@@ -39,6 +39,7 @@ def rehearsal(config: TrainConfig, *, ranks: int) -> Iterator[TrainConfig]:
         yield replace(
             config,
             dry_run=False,
+            evaluate_at_end=False,
             backbone=replace(config.backbone, path=_tiny_backbone(Path(folder) / "backbone")),
             stage=stage,
             data=DataConfig(train=_few(config.data.train), validation=_few(config.data.validation)),

@@ -78,7 +78,8 @@ def training_step(
         loss_sum += losses.detach().sum()
     norm = float(whole(nn.utils.clip_grad_norm_(hypernetwork.parameters(), clip)))
     loss = float(ranks.sum(loss_sum)) / labels
-    # Loss and norm are global, equal on every rank: all of them take the same branch.
+    # Loss and norm are global, but nothing promises that ranks sum to the last bit alike: all take the branch of one.
+    loss, norm = ranks.of_first((loss, norm), device=backbone.device)
     skipped = guard.verdict(loss, norm)
     if skipped is None:
         optimizer.step()
