@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_bad_inputs import GOOD
 
 from shine.cli.main import main
 from shine.cli.sources import parse_source
@@ -82,3 +83,20 @@ def test_inspect_of_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     error = capsys.readouterr().err
     assert error.startswith("error: --source.squad:")
     assert error.count("\n") == 1
+
+
+ROWS = {kind: row for kind, row in GOOD.items() if kind not in ("text", "wikitext")}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_inspect_shows_five_examples_of_any_source(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "train.jsonl"
+    # Passages that differ, since what stands in a row with one passage is one example.
+    rows = [json.dumps(ROWS[kind]).replace('"c"', f'"c{n}"') for n in range(7)]
+    file.write_text("\n".join(rows))
+    assert inspect(tmp_path, "--source", f"{kind}:{file}") == 0
+    out = capsys.readouterr().out
+    assert out.count("<|im_start|>user") == 5
+    assert out.count("⟦") == 5
+    assert "samples                 7" in out
+    assert (tmp_path / "lengths.png").stat().st_size > 10_000
