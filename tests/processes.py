@@ -28,7 +28,7 @@ CONTEXT.set_forkserver_preload(["processes"])
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong on rank 1: ``where``, in its ``call``-th micro-batch; ``validation`` and ``norm``: from that call of theirs on."""
+    """What goes wrong on rank 1: ``where``, in its ``call``-th micro-batch, or from that measurement on."""
 
     where: Literal["loss", "gradient", "weight", "death", "validation", "norm"]
     call: int
