@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,17 @@ def test_answers_are_shown_at_every_evaluation(stage: str, tiny_backbone_folder:
         assert row["question"].endswith("assistant")
         assert row["right"]
         assert "<|im_end|>" not in row["right"] + row["answer"]
+
+
+def test_a_terminal_shows_a_line_for_each_log_step_above_the_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Monitor(tmp_path, start=0, total=2, title="mqa tiny", rank=0) as monitor:
+        assert not monitor.bar.disable
+        monitor.advance(tokens=10, loss=1.5)
+        monitor.record({"loss": 1.5})
+    assert "mqa tiny 1/2  loss 1.5  " in capsys.readouterr().out
 
 
 def test_every_log_step_has_its_scalars(tiny_backbone_folder: str, tmp_path: Path) -> None:

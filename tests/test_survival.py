@@ -23,12 +23,14 @@ from runs import losses_of, stage_config, train_config
 from shine.checkpoint import WEIGHTS_FILE
 from shine.config import DataConfig, SourceConfig
 from shine.manifest import damage
+from shine.training import loop
 from shine.training.guard import NOT_FINITE, SPIKE, Guard
 from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE, SAMPLES_FILE
 from shine.training.provenance import differences
 from shine.training.state import load_state, newest_whole, step_directories
 from shine.training.stop import StoppedError, stop_requests
+from shine.training.validation import Validation
 
 ROOT = Path(__file__).parent.parent
 
@@ -255,6 +257,23 @@ def test_the_best_checkpoint_stays(tiny_backbone_folder: str, tmp_path: Path) ->
     assert [path.name for path in tmp_path.glob("best-*")] == [f"best-{best:06d}"]
     assert [path.name for path in step_directories(tmp_path)] == ["step-000006"]
     assert load_state(tmp_path / "step-000006").best == min(loss for step, loss in losses.items() if step <= 6)
+
+
+def test_the_best_before_stays_until_a_save(tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that dies between a better checkpoint and the next save goes on from one whose best is still there."""
+    losses = iter([3.0, 2.0, 1.0])
+    monkeypatch.setattr(Validation, "measure", lambda *_: {"validation/answers/loss": next(losses)})
+    seen: list[list[str]] = []
+    real = loop._Run._advance
+
+    def advance(run: Any, *args: Any) -> None:
+        real(run, *args)
+        seen.append([path.name for path in step_directories(run.output, kind="best")])
+
+    monkeypatch.setattr(loop._Run, "_advance", advance)
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage_config(steps=3, evaluate_every=1, save_every=2)))
+    assert seen == [["best-000001"], ["best-000002"], ["best-000002", "best-000003"]]
+    assert [path.name for path in tmp_path.glob("best-*")] == ["best-000003"]
 
 
 def test_a_guard_skips_what_is_not_finite_and_what_is_a_spike() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -48,7 +47,7 @@ def train(config: TrainConfig) -> Path:
     """
     with join_ranks(config.backbone.device) as ranks, stop_requests() as request:
         if config.dry_run:
-            with rehearsal(config, ranks=ranks.size) as small:
+            with rehearsal(config, ranks=ranks.size, say=print if ranks.first else lambda _text: None) as small:
                 final = _train(small, ranks, request)
             if ranks.first:
                 print("dry run: everything fits together, one step was done, nothing is kept", flush=True)
@@ -226,13 +225,9 @@ class _Run:
             self.best = loss
             weights = whole_weights(self.hypernetwork)
             if self.ranks.first:
-                before = list(self.output.glob("best-*"))
                 directory = self.output / f"best-{self.step:06d}"
                 with written_beside(directory) as folder:
                     save_hypernetwork(folder, weights, self.info)
-                for old in before:
-                    if old != directory:
-                        shutil.rmtree(old)
 
     def _save(self, monitor: Monitor) -> None:
         rng = self.ranks.gather(rng_state())
@@ -254,6 +249,8 @@ class _Run:
             )
             save_state(directory, weights, self.info, state=state, run=self.record)
             prune(self.output, keep=self.stage.keep)
+            # Not sooner: a run that is killed before this save goes on from one whose best was the one before.
+            prune(self.output, keep=1, kind="best")
             monitor.say(f"saved {directory}; {self._cut_report()}")
         self.ranks.wait()
 
@@ -292,6 +289,7 @@ class _Run:
         if self.ranks.first:
             with written_beside(directory) as folder:
                 save_hypernetwork(folder, weights, self.info)
+            prune(self.output, keep=1, kind="best")
         self.ranks.wait()
         return directory
 

@@ -76,7 +76,7 @@ class Monitor:
             self.bar.update()
 
     def record(self, scalars: Mapping[str, float]) -> None:
-        """Write scalars under the current step, and say them in one line where there is no bar."""
+        """Write scalars under the current step, and say them in one line, above the bar where there is one."""
         if self.quiet:
             return
         scalars = {**scalars, "tokens_per_second": self.tokens_per_second, "memory_gb": memory_gb()}
@@ -87,10 +87,8 @@ class Monitor:
         left = (time.perf_counter() - self.started) / max(self.done - self.start, 1) * (self.total - self.done)
         text = "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
         line = f"{self.title} {self.done}/{self.total}  {text}  {left:.0f} s left"
-        if self.bar.disable:
-            print(line, flush=True)
-        elif any("/" in name and name.startswith("validation") for name in scalars):
-            self.bar.write(line)
+        self.bar.write(line)
+        sys.stdout.flush()
 
     def record_bad(self, row: Mapping[str, object]) -> None:
         """Write down a step that was not taken."""

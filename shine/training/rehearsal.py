@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ ROWS = 64
 
 
 @contextmanager
-def rehearsal(config: TrainConfig, *, ranks: int) -> Iterator[TrainConfig]:
+def rehearsal(config: TrainConfig, *, ranks: int, say: Callable[[str], None]) -> Iterator[TrainConfig]:
     """The configuration of a dry run, and a folder for it that is gone afterwards.
 
     Everything is as configured but the backbone (two layers, H 128, wide enough for ranks up to 128), the number of samples and
@@ -42,7 +42,7 @@ def rehearsal(config: TrainConfig, *, ranks: int) -> Iterator[TrainConfig]:
             evaluate_at_end=False,
             backbone=replace(config.backbone, path=_tiny_backbone(Path(folder) / "backbone")),
             stage=stage,
-            data=DataConfig(train=_few(config.data.train), validation=_few(config.data.validation)),
+            data=DataConfig(train=_few(config.data.train, say), validation=_few(config.data.validation, say)),
             checkpoint=None,
             from_scratch=True,
             resume=None,
@@ -68,12 +68,12 @@ def _tiny_backbone(folder: Path) -> str:
     return str(folder)
 
 
-def _few(sources: Mapping[str, SourceConfig]) -> dict[str, SourceConfig]:
+def _few(sources: Mapping[str, SourceConfig], say: Callable[[str], None]) -> dict[str, SourceConfig]:
     few = {}
     for number, (name, source) in enumerate(sources.items()):
         there = source.path is None or Path(source.path).expanduser().exists()
         if not there:
-            print(f"dry run: {source.path} is not here, invented worlds stand in for {name}", flush=True)
+            say(f"dry run: {source.path} is not here, invented worlds stand in for {name}")
             source = SourceConfig(kind="worlds", options={"count": ROWS, "seed": number})
         few[name] = replace(source, limit=min(source.limit or ROWS, ROWS))
     return few

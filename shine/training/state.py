@@ -7,12 +7,13 @@ file, so that one which a network file system has not finished, or somebody has 
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,10 +83,10 @@ def load_state(directory: Path) -> RunState:
         raise ValueError(f"{file}: damaged ({type(error).__name__}); resume from an earlier step directory") from None
 
 
-def step_directories(output: Path) -> list[Path]:
-    """The step directories of a run, oldest first; whether they are whole is another question, see `damage`."""
-    found = [path for path in output.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+def step_directories(output: Path, *, kind: Literal["step", "best"] = "step") -> list[Path]:
+    """The step directories of a run, or its best ones, oldest first; whether they are whole is another question, see `damage`."""
+    found = [path for path in output.glob(f"{kind}-*") if path.name.removeprefix(f"{kind}-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(f"{kind}-")))
 
 
 def newest_whole(output: Path, *, say: Callable[[str], None]) -> Path | None:
@@ -120,10 +121,15 @@ def find_resume(resume: str, output: Path, *, say: Callable[[str], None]) -> Pat
     return path
 
 
-def prune(output: Path, *, keep: int) -> None:
-    """Delete all but the newest ``keep`` step directories, each out of sight first: a kill leaves no half-deleted one behind."""
-    for directory in step_directories(output)[:-keep]:
-        shutil.rmtree(directory.rename(directory.with_name(f".{directory.name}.deleted")))
+def prune(output: Path, *, keep: int, kind: Literal["step", "best"] = "step") -> None:
+    """Delete all but the newest ``keep`` directories of a kind, each out of sight first: a kill leaves no half-deleted one behind.
+
+    What a network file system still holds open stays out of sight until a later `sweep`.
+    """
+    for directory in step_directories(output, kind=kind)[:-keep]:
+        hidden = directory.with_name(f".{directory.name}.{os.getpid()}.deleted")
+        shutil.rmtree(hidden, ignore_errors=True)
+        shutil.rmtree(directory.rename(hidden), ignore_errors=True)
 
 
 def set_aside(output: Path, *, step: int) -> list[Path]:
@@ -146,7 +152,7 @@ def sweep(output: Path) -> None:
     """Remove what a killed run was writing or deleting in its folder."""
     for directory in (*output.glob(".*.partial"), *output.glob(".*.deleted")):
         if directory.is_dir():
-            shutil.rmtree(directory)
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def rng_state() -> dict[str, Any]:
