@@ -86,6 +86,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tiny_backbone_folder: str
         ({"stage": stage_config(save_every=1, steps=2, batch_size=2)}, r"stage\.batch_size: 4 -> 2"),
         ({"stage": stage_config(save_every=1, steps=5)}, r"stage\.steps: 2 -> 5"),
         ({"seed": 8}, r"seed: 1 -> 8"),
+        ({"hypernetwork": tiny_hypernetwork_config(rank=3)}, r"hypernetwork\.rank: 2 -> 3"),
     ],
 )
 def test_a_resume_on_other_terms_is_refused(changes: dict[str, Any], named: str, tiny_backbone_folder: str, tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ import json
 import math
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -70,14 +71,17 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Path:
             print(line, flush=True)
     shape = effective_config(start.directory, config.hypernetwork)
     checkpoint = str(start.directory) if start.directory and not start.resumed else config.checkpoint
+    # What was asked for, before the shape of a checkpoint stands in for it: a resumed run is compared by that.
+    asked = asdict(config.hypernetwork)
     config = replace(config, hypernetwork=shape, checkpoint=checkpoint)
+    record = {**run_record(config), "asked": asked}
     look_into(config.data.train, "data.train")
     look_into(config.data.validation, "data.validation")
     with ranks.one_by_one():
         # What is too large for one device is loaded into host memory and goes to the devices in parts.
         place = "cpu" if config.backbone.shard and ranks.size > 1 else config.backbone.device
         backbone, tokenizer = load_backbone(replace(config.backbone, device=place), targets=shape.targets)
-    return _Run(config, backbone, tokenizer, ranks, start=start, request=request).go()
+    return _Run(config, backbone, tokenizer, ranks, start=start, request=request, record=record).go()
 
 
 class _Run:
@@ -90,6 +94,7 @@ class _Run:
         *,
         start: Start,
         request: StopRequest,
+        record: dict[str, Any],
     ) -> None:
         stage = config.stage
         if stage.batch_size % (ranks.size * stage.micro_batch_size):
@@ -100,7 +105,7 @@ class _Run:
         self.config, self.stage, self.ranks, self.request = config, stage, ranks, request
         self.backbone, self.tokenizer = backbone, tokenizer
         self.output = Path(config.output).expanduser()
-        self.record = run_record(config)
+        self.record = record
         found = fingerprint(backbone.model, tokenizer)
         if config.backbone.shard and ranks.size > 1:
             shard_backbone(backbone, ranks, find_device(config.backbone.device))
@@ -258,7 +263,7 @@ class _Run:
         """Go on where a step directory stands; what differs from the run that wrote it is returned, to be said."""
         state = load_state(directory)
         record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
-        free, binding = differences(record["config"], self.record["config"])
+        free, binding = differences(_asked(record), _asked(self.record))
         if (state.samples, state.data) != (len(self.stream.samples), self.fingerprint):
             now = f"{len(self.stream.samples):,} (fingerprint {self.fingerprint})"
             binding.append(f"the training samples: {state.samples:,} (fingerprint {state.data}) -> {now}")
@@ -292,6 +297,12 @@ class _Run:
             prune(self.output, keep=1, kind="best")
         self.ranks.wait()
         return directory
+
+
+def _asked(record: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that was asked for; records of before do not tell it from what was used."""
+    config = record["config"]
+    return {**config, "hypernetwork": record.get("asked", config["hypernetwork"])}
 
 
 def _due(step: int, every: int, *, last: int | None = None) -> bool:
