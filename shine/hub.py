@@ -69,7 +69,9 @@ def download(remote: HubId) -> Path:
         folder = _download(remote)
     if not any((folder / name).is_file() for name in FILES):
         raise ValueError(f"{remote} holds no checkpoint: none of {', '.join(FILES)} is in it; name another repository or revision")
-    problem = damage(folder) if (folder / MANIFEST_FILE).is_file() else None
+    if not (folder / MANIFEST_FILE).is_file():
+        return folder
+    problem = damage(folder)
     if problem is None and (others := unlisted(folder, FILES)):
         problem = f"{others[0]} is of another checkpoint than the one that was pushed"
     if problem is not None:
