@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, and where those lie that can be made again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where what was fetched, converted or tokenised once is kept: ``$SHINE_CACHE``, by default ``~/.cache/shine``."""
+    return Path(os.environ.get("SHINE_CACHE") or "~/.cache/shine").expanduser()
 
 
 @contextmanager

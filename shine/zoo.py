@@ -37,6 +37,7 @@ from transformers.utils import logging as transformers_logging
 from shine.backbone import Backbone
 from shine.chat import END_OF_TEXT, prepare_tokenizer
 from shine.config import BackboneConfig
+from shine.files import cache_folder
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,6 @@ def _download_command(folder: str) -> str:
     name = PurePosixPath(folder).name
     owner = "Qwen" if name.startswith("Qwen") else "OWNER"
     return f"hf download {owner}/{name} --local-dir {folder}"
-
-
-def cache_folder() -> Path:
-    """Where fetched models live: ``$SHINE_CACHE``, by default ``~/.cache/shine``."""
-    return Path(os.environ.get("SHINE_CACHE") or "~/.cache/shine").expanduser()
 
 
 def _to_stderr(message: str) -> None:

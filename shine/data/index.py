@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -17,13 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from shine.config import SourceConfig
 from shine.data.sources.files import split_files
+from shine.files import cache_folder, written_beside
 
 META_FILE = "meta.json"
 
 
 def index_folder() -> Path:
     """Where indexes live: ``$SHINE_CACHE/data``, by default ``~/.cache/shine/data``. Whatever is in there can be deleted."""
-    return Path(os.environ.get("SHINE_CACHE") or "~/.cache/shine").expanduser() / "data"
+    return cache_folder() / "data"
 
 
 def indexed(
@@ -49,18 +48,10 @@ def indexed(
 
 
 def _build(folder: Path, key: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]], *, say: Callable[[str], None]) -> None:
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     started = time.monotonic()
-    try:
-        noted = build(partial)
-        text = json.dumps({"key": key, "noted": noted}, default=str, indent=1)
+    with written_beside(folder) as partial:
+        text = json.dumps({"key": key, "noted": build(partial)}, default=str, indent=1)
         (partial / META_FILE).write_text(text + "\n", encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     say(f"read and tokenised in {time.monotonic() - started:.1f} s, kept in {folder}")
 
 
