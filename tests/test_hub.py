@@ -174,7 +174,7 @@ def test_a_malicious_pickle_on_a_hub_is_refused(kind: str, hub: Hub, tmp_path: P
 
     hub.create("me/trap", private=False, main={"hf": "main", "ms": "master"}[kind])
     files = {name: (RELEASED / name).read_bytes() for name in ("mem_tokens.pt", "metanetwork.pth", "metalora.pth")}
-    hub.commit("me/trap", {"hf": "main", "ms": "master"}[kind], {**files, "metalora.pth": pickle.dumps(Trap())})
+    hub.commit("me/trap", {"hf": "main", "ms": "master"}[kind], {**files, "metalora.pth": pickle.dumps(Trap(), protocol=2)})
     assert main(["pull", f"{kind}:me/trap", str(tmp_path / "back")]) == 2
     assert "not a file of plain weights" in one_line(capsys)
     assert not (tmp_path / "back").exists()
