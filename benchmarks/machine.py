@@ -56,7 +56,7 @@ class Ratio:
 def configured(kind: type[T], door: str, overrides: Sequence[str]) -> T:
     """What a door such as ``train`` or ``test`` would be given on this command line, so that a benchmark measures what is run."""
     with initialize_config_dir(str(Path(__file__).resolve().parent.parent / "configs"), version_base="1.3"):
-        values = OmegaConf.to_container(compose(door, list(overrides)), resolve=True)
+        values: object = OmegaConf.to_container(compose(door, list(overrides)), resolve=True)
     assert isinstance(values, dict)
     return parse(kind, values)
 
