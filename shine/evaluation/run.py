@@ -71,7 +71,11 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         with ranks.one_by_one():
             methods = load_methods(config)
         sets = read_sets(config, methods[0].speaker, say=say)
-        return _Evaluation(config, methods, sets, ResultFolder(output, *_plan(config, methods, sets)), ranks, say).run()
+        folder = ResultFolder(output, *_plan(config, methods, sets))
+        try:
+            return _Evaluation(config, methods, sets, folder, ranks, say).run()
+        finally:
+            folder.release()
 
 
 def with_checkpoint(config: EvaluationConfig, *, say: Callable[[str], None]) -> EvaluationConfig:
@@ -179,7 +183,7 @@ class _Evaluation:
 
     def run(self) -> dict[str, Any]:
         """Compute what is missing, a share on each rank, and let the first rank sum it up."""
-        done, note = self.ranks.gather(self.folder.open(resume=self.config.resume) if self.ranks.first else (set(), ""))[0]
+        done, note = self.ranks.ask_first(lambda: self.folder.open(resume=self.config.resume))
         if note:
             self.say(note)
         todo = [unit for unit in self.folder.units if unit.number not in done]
