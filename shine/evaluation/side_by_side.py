@@ -149,7 +149,7 @@ def report_trust(
         print(f"{path}: {tally}", flush=True)
         if sum(len(example.turns) for example in found) < trust.TURNS + 6 or len(found) < 2:
             raise ValueError(f"{path}: {len(found)} contexts hold too few questions for a conversation of {trust.TURNS} turns")
-        sets.append(trust.passage_set(found, name=Path(path).name))
+        sets.append(trust.passage_set(found, name="SQuAD" if kind == "squad" else Path(path).name))
     methods = three_methods(model)
     assert isinstance(methods[0], Shine)
     asker = trust.Asker.of(methods[0].speaker, methods[0], max_new_tokens=max_new_tokens)
