@@ -44,6 +44,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "second": replace(first, max_new_tokens=2),
         "talks": replace(first, stage=replace(stage, name="mqa")),
         "texts": replace(first, stage=replace(stage, name="pretrain")),
+        "texts_of_others": replace(first, stage=replace(stage, name="pretrain", context_length=30)),
         "sweep": replace(first, methods=("shine", "fine_tuning"), fine_tuning=tuning),
     }
     folders = {name: folder / name for name in configs}
@@ -113,6 +114,24 @@ def test_two_runs_are_compared_context_by_context(results: dict[str, Path], tmp_
     ]
     assert set(figures["runs"]) == {"first", "second"}
     assert figures["runs"]["first"]["sources"] == json.loads((results["first"] / SUMMARY_FILE).read_text())["sources"]
+
+
+def test_texts_given_back_are_compared_by_loss_and_prefix(results: dict[str, Path], tmp_path: Path) -> None:
+    """The difference in nats a token, each text weighing as many tokens as it has."""
+    main(["report", str(results["texts"]), str(results["texts_of_others"]), "--output", str(tmp_path / "report")])
+    figures = json.loads((tmp_path / "report" / "report.json").read_text())
+    found = {(row["method"], row["task"], row["score"]): row["difference"]["value"] for row in figures["comparisons"]}
+    assert len(found) == 3 * 2 * 2
+    runs = [read_jsonl(results[name] / PREDICTIONS_FILE) for name in ("texts", "texts_of_others")]
+    for method, task, score in found:
+        mine = [[row for row in rows if (row["method"], row["task"]) == (method, task)] for rows in runs]
+        if score == "loss":
+            means = [sum(row["loss"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows) for rows in mine]
+        else:
+            means = [100 * exact.mean(row["exact_prefix"] for row in rows) for rows in mine]
+        assert found[method, task, score] == pytest.approx(means[1] - means[0], abs=1e-9)
+    shown = table((tmp_path / "report" / "report.md").read_text(), "Differences between runs")[1:]
+    assert [cells[4] for cells in shown[:2]] == ["loss, nats a token (reconstruct)", "exact prefix (reconstruct)"]
 
 
 def test_pictures_are_drawn_for_what_there_is(results: dict[str, Path], tmp_path: Path) -> None:
