@@ -50,7 +50,7 @@ def test_inspect_prints_five_examples_with_their_labels_marked(tmp_path: Path, c
     out = capsys.readouterr().out
     marked = [line for line in out.splitlines() if line.startswith("⟦")]
     assert len(marked) == 5
-    assert all(line.endswith("<|im_end|>") for line in marked)
+    assert all(line.endswith("<|im_end|>⏎⟧") for line in marked)
     assert out.count("world-3-") == 5
     assert out.count("<|im_start|>user") == 5
     assert "⟦<|im_start|>" not in out

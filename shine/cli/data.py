@@ -1,4 +1,4 @@
-"""``shine data``: look at a source, and make sure that nothing to be scored was learned."""
+"""``shine data``: look at a source, make sure that nothing to be scored was learned, and clear up."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         commands,
         "data",
         help="look at data before it is learned",
-        description="Look at a source, or search training data for what is to be scored.",
+        description="Look at a source, search training data for what is to be scored, or clear up the indexes made of data.",
         examples=(
             "shine data inspect --source squad:data/squad\n"
-            "shine data check --train race:data/race/all --test squad:data/squad,split=validation"
+            "shine data check experiment=qwen3-8b stage=mqa\n"
+            "shine data indexes --prune 30"
         ),
     )
     below = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_inspect(below)
     _add_check(below)
+    _add_indexes(below)
 
 
 def _add_inspect(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -113,3 +115,29 @@ def _check(args: argparse.Namespace) -> int:
         default_backbone=BACKBONE,
     )
     return check(compared, threshold=args.threshold, as_json=args.json)
+
+
+def _add_indexes(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = add_command(
+        commands,
+        "indexes",
+        help="list what was tokenised for training, and remove what is not used any more",
+        description=(
+            "Training reads and tokenises its data once and keeps that below ~/.cache/shine/data (SHINE_CACHE). List these\n"
+            "indexes with size, last use and what they were made from, or remove the old ones; what a process has open is left alone.\n"
+            "What was removed is made again when it is needed."
+        ),
+        examples="shine data indexes\nshine data indexes --prune 30",
+    )
+    parser.add_argument("--prune", type=float, metavar="DAYS", help="remove what was not used for so many days")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_indexes)
+
+
+def _indexes(args: argparse.Namespace) -> None:
+    from shine.cli.indexes import prune_indexes, show_indexes
+
+    if args.prune is None:
+        show_indexes(as_json=args.json)
+    else:
+        prune_indexes(args.prune, as_json=args.json)
