@@ -124,7 +124,7 @@ def _add_indexes(commands: Commands[argparse.ArgumentParser]) -> None:
         help="list what was tokenised for training, and remove what is not used any more",
         description=(
             "Training reads and tokenises its data once and keeps that below ~/.cache/shine/data (SHINE_CACHE). List these\n"
-            "indexes with size, last use and what they were made from, or remove the old ones; what a process has open is left alone.\n"
+            "indexes with size, last use and what they were made from, or remove the old ones; what a process has open stays.\n"
             "What was removed is made again when it is needed."
         ),
         examples="shine data indexes\nshine data indexes --prune 30",

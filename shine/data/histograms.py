@@ -53,6 +53,7 @@ def draw_lengths(
                 axis.axvline(limits[column], color="black", linewidth=1.2, linestyle=":", label=f"limit {limits[column]:,}")
             axis.legend(frameon=False, fontsize=8, title=f"{part}: {len(values):,} {what}" if part else None, title_fontsize=8)
             axis.spines[["top", "right"]].set_visible(False)
+            axis.margins(x=0.02)
             axis.set_ylabel(what)
         axes[-1, column].set_xlabel(f"{name}, tokens (the last bar holds all that are longer)")
     if title:
