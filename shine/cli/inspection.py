@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from shine.chat import IGNORE, prepare_tokenizer, token_counter
 from shine.cli.sources import parse_source
 from shine.config import StageConfig, StageName, TaskTokens
 from shine.data.build import samples_of
+from shine.data.examples import Example
 from shine.data.histograms import Lengths, draw_lengths
 from shine.data.samples import Sample, StageSamples
 from shine.data.sources import read_named
@@ -60,12 +63,15 @@ def inspect(
     # Answers are shown whole; texts are grouped to the limits.
     limits = lengths if chosen == "pretrain" else (10**9, 10**9)
     config = StageConfig(chosen, *limits, learning_rate=1.0, warmup_steps=0)
+    seen = _Seen(token_counter(tokenizer) if chosen == "pretrain" else None)
     with tempfile.TemporaryDirectory(prefix="shine-inspect-") as folder:
-        samples = samples_of(itertools.chain(first, examples), tokenizer, config, task_tokens=names, seed=0, folder=Path(folder))
+        samples = samples_of(
+            seen.watch(itertools.chain(first, examples)), tokenizer, config, task_tokens=names, seed=0, folder=Path(folder)
+        )
         shown = [samples.sample(index, epoch=0) for index in range(min(count, len(samples)))]
         measured, labels = _measure(samples)
     samples.tally.skipped += skipped.skipped
-    figures: dict[str, Any] = {"source": text, "stage": chosen, **_figures(measured, labels, lengths)}
+    figures: dict[str, Any] = {"source": text, "stage": chosen, **seen.figures(), **_figures(measured, labels, lengths)}
     draw_lengths({"": measured}, histogram, title=f"{text} ({chosen})", limits=lengths, what="samples")
     if as_json:
         print(json.dumps({**figures, "skipped": samples.tally.skipped, "histogram": histogram}, indent=2, ensure_ascii=False))
@@ -82,6 +88,28 @@ def inspect(
     for reason, number in samples.tally.skipped.items():
         print(f"{'skipped':24}{number:,} ({reason})")
     print(f"{'lengths drawn in':24}{histogram}")
+
+
+class _Seen:
+    """What a source holds, counted as it is read: contexts and questions, or texts with their lengths before they are grouped."""
+
+    def __init__(self, tokens: Callable[[str], int] | None) -> None:
+        self.tokens, self.contexts, self.questions = tokens, 0, 0
+        self.lengths = array("L")
+
+    def watch(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """The same examples."""
+        for example in examples:
+            self.contexts += bool(example.context.strip())
+            self.questions += sum(bool(turn.answers) for turn in example.turns)
+            if self.tokens is not None and example.context.strip():
+                self.lengths.append(self.tokens(example.context))
+            yield example
+
+    def figures(self) -> dict[str, Any]:
+        if self.tokens is None:
+            return {"contexts": self.contexts, "questions": self.questions}
+        return {"texts": self.contexts, "text_mean": round(sum(self.lengths) / self.contexts, 1), "text_max": max(self.lengths)}
 
 
 def _measure(samples: StageSamples) -> tuple[Lengths, np.ndarray]:
