@@ -9,7 +9,6 @@ computed what and however often the run was interrupted. Times, which are never 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from shine.data.examples import Example
+from shine.files import file_written_beside
 
 PREDICTIONS_FILE, SUMMARY_FILE, TIMINGS_FILE, PLAN_FILE = "predictions.jsonl", "summary.json", "timings.jsonl", "plan.json"
 Row = Mapping[str, Any]
@@ -172,9 +172,5 @@ def _lines(rows: Iterable[Row]) -> bytes:
 
 
 def _replace(file: Path, rows: Iterable[Row]) -> None:
-    beside = file.with_name(f".{file.name}.partial")
-    with beside.open("wb") as lines:
+    with file_written_beside(file) as lines:
         lines.write(_lines(rows))
-        lines.flush()
-        os.fsync(lines.fileno())
-    beside.replace(file)
