@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, default=16, help="side by side (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed ones (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", help="as for test.py")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     config = configured(EvaluationConfig, "test", ["hypernetwork=smollm2", "max_new_tokens=32", *args.overrides])
     with without_progress_bars():
         backbone, tokenizer = load_backbone(config.backbone, targets=config.hypernetwork.targets)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import tiny_hypernetwork_config
 from matplotlib import image
-from test_sources import shared
+from test_sources import shared, squad_folder
 
 from shine.backbone import Backbone
 from shine.checkpoint import CheckpointInfo, save_hypernetwork
@@ -148,26 +148,43 @@ def checkpoint(tiny_backbone_folder: str, tmp_path: Path, make_backbone: Callabl
     return str(tmp_path / "checkpoint")
 
 
-def test_one_command_makes_one_page_of_three_sets(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A tiny model on worlds, on SQuAD where it lies beside the project, and on beliefs of our own."""
-    squad = shared("squad")
+def small_squad(folder: Path) -> Path:
+    """Ten short passages of three questions each, as SQuAD lays them out."""
+    places = [(passage, question) for passage in range(10) for question in range(3)]
+    columns = {
+        "id": [f"q{passage}-{question}" for passage, question in places],
+        "title": ["t"] * 30,
+        "context": [f"Person {passage} is red." for passage, _ in places],
+        "question": [f"What of {passage} is {question}?" for passage, question in places],
+        "answers": [{"text": ["red"], "answer_start": [12]}] * 30,
+    }
+    squad_folder(folder, **columns)
+    return folder
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["small", "real"])
+def test_one_command_makes_one_page_of_three_sets(
+    real: bool, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tiny model on worlds, on SQuAD (the real one where it lies beside the project), and on beliefs of our own."""
+    squad = str(shared("squad") if real else small_squad(tmp_path / "squad"))
     output = tmp_path / "page"
-    arguments = ["--squad", squad, "--file", str(ROOT / "examples" / "beliefs.jsonl"), "--contexts", "6", "--max-new-tokens", "3"]
+    arguments = ["--squad", squad, "--file", str(ROOT / "examples" / "beliefs.jsonl"), "--contexts", "10", "--max-new-tokens", "3"]
     assert main(["trust", checkpoint, *arguments, "--output", str(output)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(output / "trust.md")
     page, figures = (output / "trust.md").read_text(), json.loads((output / "trust.json").read_text())
     assert [found["name"] for found in figures["sets"]] == ["invented worlds", "SQuAD", "beliefs.jsonl"]
     rows = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
     for found in figures["sets"]:
-        assert f"## {found['name']} (6 contexts)" in page
+        assert f"## {found['name']} (10 contexts)" in page
         mine = [row for row in rows if row["set"] == found["name"]]
         changed = [row["answer_on"] for row in mine if row["part"] == "interference"]
         share = 100 * sum(row["changed"] for row in mine if row["part"] == "interference") / len(changed)
         assert found["interference"]["changed"]["value"] == pytest.approx(share)
         assert f"| answer changed by the adapter | {share:.1f} [" in page
-        assert len(found["geometry"]["cosines"]) == 15
+        assert len(found["geometry"]["cosines"]) == 45
         assert 1 <= found["geometry"]["effective_rank"] <= 2
-        assert found["unanswerable"]["questions"] == 6
+        assert found["unanswerable"]["questions"] == 10
     pixels = image.imread(output / "trust.png")
     assert len({tuple(pixel) for pixel in pixels.reshape(-1, pixels.shape[2])[::7]}) > 20
 
@@ -175,7 +192,7 @@ def test_one_command_makes_one_page_of_three_sets(checkpoint: str, tmp_path: Pat
 def test_the_shipped_adapters_are_believed_differ_and_last(tmp_path: Path) -> None:
     """The CPU world: most of what it is told is said, adapters are unlike each other, and a text it cannot read is named."""
     beliefs = str(ROOT / "examples" / "beliefs.jsonl")
-    assert main(["trust", "cpu-world", "--contexts", "16", "--file", beliefs, "--output", str(tmp_path)]) == 0
+    assert main(["trust", "cpu-world", "--contexts", "10", "--file", beliefs, "--output", str(tmp_path)]) == 0
     worlds, foreign = json.loads((tmp_path / "trust.json").read_text())["sets"]
     assert worlds["belief"]["told_on"]["value"] > 65
     assert worlds["belief"]["told_in_context"]["value"] > 95

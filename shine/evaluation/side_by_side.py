@@ -148,7 +148,10 @@ def report_trust(
         found = [example for _, example in zip(range(contexts), usable, strict=False)]
         print(f"{path}: {tally}", flush=True)
         if sum(len(example.turns) for example in found) < trust.TURNS + 6 or len(found) < 2:
-            raise ValueError(f"{path}: {len(found)} contexts hold too few questions for a conversation of {trust.TURNS} turns")
+            raise ValueError(
+                f"{path}: {len(found)} contexts hold too few questions for a conversation of {trust.TURNS} turns: "
+                "give more, or look at more contexts with --contexts"
+            )
         sets.append(trust.passage_set(found, name="SQuAD" if kind == "squad" else Path(path).name))
     methods = three_methods(model)
     assert isinstance(methods[0], Shine)
