@@ -3,7 +3,7 @@
     python benchmarks/evaluate.py data.test.squad.path=data/squad
     python benchmarks/evaluate.py sets=stories hypernetwork=smollm2 --contexts 16 --rounds 5
 
-Each context is different and has one question. Both ways encode the contexts, wear their adapters and answer greedily through
+The contexts are different ones of like length, as an evaluation puts them together. Both ways encode the contexts, wear their adapters and answer greedily through
 what ``test.py`` runs; they take turns. Without ``checkpoint=`` the hypernetwork is a random one: what it knows does not change how
 long it takes. The machine's own rates stand above, and below what they would allow.
 """
@@ -20,6 +20,7 @@ import torch
 from machine import alternate, configured, copy_bandwidth, describe, gemm_rate, linear_shapes, ratio_with_spread
 
 from shine.backbone import Backbone
+from shine.chat import token_ids
 from shine.checkpoint import load_hypernetwork
 from shine.config import EvaluationConfig
 from shine.data.examples import Example
@@ -54,6 +55,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, default=16, help="side by side (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=1, help="at most, of each context (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed ones (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", help="as for test.py")
     args = parser.parse_intermixed_args()
@@ -68,9 +70,12 @@ def main() -> None:
     tally, length = Tally(), config.stage.context_length
     found = read_named(config.data.test, "data.test", tally=tally)
     usable = qa.usable_examples(found, tokenizer, context_length=length, questions=True, tally=tally)
-    examples = [replace(example, turns=example.turns[:1]) for example in itertools.islice(usable, args.contexts)]
-    if len(examples) < args.contexts:
-        parser.error(f"data.test holds {len(examples)} contexts with questions: set --contexts to at most that")
+    ranked = sorted(itertools.islice(usable, 10 * args.contexts), key=lambda example: len(token_ids(tokenizer, example.context)))
+    if len(ranked) < args.contexts:
+        parser.error(f"data.test holds {len(ranked)} contexts with questions: set --contexts to at most that")
+    # Neighbours in length, as an evaluation puts them together; from the middle.
+    first = (len(ranked) - args.contexts) // 2
+    examples = [replace(example, turns=example.turns[: args.questions]) for example in ranked[first : first + args.contexts]]
     limits = show_limits(backbone, args.contexts)
     runner = Runner(Shine("shine", speaker, hypernetwork), examples, config)
     together, alone = f"{args.contexts} at a time", "one by one"
@@ -95,7 +100,7 @@ def show_limits(backbone: Backbone, count: int) -> float:
 
 def show(runner: Runner, seconds: dict[str, list[float]], *, sizes: dict[str, int]) -> None:
     """Print both ways, the ratio of their rates with its spread, and the same for each part."""
-    count = len(runner.examples)
+    count = sum(len(example.turns) for example in runner.examples)
     for name, size in sizes.items():
         clocks = runner.clocks[size][-len(seconds[name]) :]
         encode, answer = (statistics.median(getattr(clock, part) for clock in clocks) for part in ("encode", "answer"))
