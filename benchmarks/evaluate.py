@@ -3,9 +3,9 @@
     python benchmarks/evaluate.py data.test.squad.path=data/squad
     python benchmarks/evaluate.py sets=stories hypernetwork=smollm2 --contexts 16 --rounds 5
 
-The contexts are different ones of like length, as an evaluation puts them together. Both ways encode the contexts, wear their adapters and answer greedily through
-what ``test.py`` runs; they take turns. Without ``checkpoint=`` the hypernetwork is a random one: what it knows does not change how
-long it takes. The machine's own rates stand above, and below what they would allow.
+The contexts are different ones of like length, as an evaluation puts them together. Both ways encode the contexts, wear their
+adapters and answer greedily through what ``test.py`` runs; they take turns. Without ``checkpoint=`` the hypernetwork is a random
+one: what it knows does not change how long it takes. The machine's own rates stand above, and below what they would allow.
 """
 
 from __future__ import annotations
