@@ -46,7 +46,7 @@ def train(config: TrainConfig) -> Path:
         ValueError: whatever does not fit together, with the remedy: a missing checkpoint or source, ranks, sizes.
         StoppedError: a signal asked for it, and the run was saved.
     """
-    with join_ranks(config.backbone.device) as ranks, stop_requests() as request:
+    with join_ranks(config.backbone.device) as ranks, stop_requests(quiet=not ranks.first) as request:
         if config.dry_run:
             with rehearsal(config, ranks=ranks.size, say=print if ranks.first else lambda _text: None) as small:
                 final = _train(small, ranks, request)
