@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
+import shutil
 import subprocess
 import sys
 import time
@@ -13,14 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Fault, error_file, run_ranks
+import torch
+from processes import (
+    Fault,
+    error_file,
+    run_ranks,
+    start_ranks,
+    wait_for_a_directory_being_written,
+    wait_for_progress,
+)
 from runs import WORLDS, losses_of, stage_config, train_config
 from safetensors.torch import load_file
 
 from shine.checkpoint import WEIGHTS_FILE
 from shine.config import BackboneConfig, DataConfig, PromptConfig, ScoringConfig
+from shine.manifest import damage
 from shine.training.loop import train
-from shine.training.state import step_directories
+from shine.training.state import load_state, step_directories
 
 
 @pytest.mark.parametrize(
@@ -130,16 +141,74 @@ def test_ranks_that_drift_apart_are_noticed(tiny_backbone_folder: str, tmp_path:
         assert "after step 4 the ranks hold different values of 1 parameters, memory_tokens among them" in error
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(tiny_backbone_folder: str, tmp_path: Path) -> None:
-    stage = stage_config("mqa", micro_batch_size=1, save_every=8)
-    train(train_config(tiny_backbone_folder, tmp_path / "whole", stage=stage))
-    run_ranks(2, tiny_backbone_folder, tmp_path / "parts", stage=stage)
-    for path in (tmp_path / "parts" / "final" / WEIGHTS_FILE, tmp_path / "parts" / "step-000016" / "manifest.json"):
-        path.unlink()
-    assert step_directories(tmp_path / "parts")[0].name == "step-000008"
-    train(train_config(tiny_backbone_folder, tmp_path / "parts", stage=stage, resume="latest"))
-    assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-5)
-    assert_same_weights(tmp_path / "parts", tmp_path / "whole", tolerance=1e-5)
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
+def test_a_run_goes_on_with_another_number_of_ranks(before: int, after: int, tiny_backbone_folder: str, tmp_path: Path) -> None:
+    values = {
+        "backbone": BackboneConfig(path=tiny_backbone_folder, dtype="float64", device="cpu"),
+        "stage": stage_config("mqa", micro_batch_size=1, save_every=8),
+    }
+    train(train_config(tiny_backbone_folder, tmp_path / "whole", **values))
+    assert run_ranks(before, tiny_backbone_folder, tmp_path / "parts", **values) == [0] * before
+    go_back_to_a_save(tmp_path / "parts", step=8)
+    assert run_ranks(after, tiny_backbone_folder, tmp_path / "parts", resume="latest", own_seeds=True, **values) == [0] * after
+    assert f"changed: ranks: {before} -> {after}" in (tmp_path / "parts" / "logs" / "rank-0.log").read_text()
+    assert len(load_state(tmp_path / "parts" / "step-000016").rng) == after
+    assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-9)
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole", tolerance=1e-9)
+
+
+def test_every_rank_goes_on_with_its_own_random_numbers(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """Ranks of different seeds, the second of which draws in every pass: after a resume each stands where it would have stood."""
+    values: dict[str, Any] = {"stage": stage_config("mqa", micro_batch_size=1, save_every=8, keep=3)}
+    values |= {"own_seeds": True, "fault": Fault("draws", call=1)}
+    assert run_ranks(2, tiny_backbone_folder, tmp_path / "whole", **values) == [0, 0]
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    go_back_to_a_save(tmp_path / "parts", step=8)
+    assert run_ranks(2, tiny_backbone_folder, tmp_path / "parts", resume="latest", **values) == [0, 0]
+    earlier, whole, parts = (
+        load_state(tmp_path / run).rng for run in ("whole/step-000008", "whole/step-000016", "parts/step-000016")
+    )
+    for rank in range(2):
+        assert whole[rank]["python"] == parts[rank]["python"]
+        assert torch.equal(whole[rank]["torch"], parts[rank]["torch"])
+        assert torch.equal(whole[rank]["torch"], earlier[rank]["torch"]) == (rank == 0)
+    assert whole[0]["python"] != whole[1]["python"]
+    assert not torch.equal(whole[0]["torch"], whole[1]["torch"])
+
+
+def go_back_to_a_save(output: Path, *, step: int) -> None:
+    """Make a run look as if it had been killed after this save and before the next."""
+    shutil.rmtree(output / "final")
+    for directory in step_directories(output):
+        if int(directory.name.removeprefix("step-")) > step:
+            shutil.rmtree(directory)
+    assert step_directories(output)[-1].name == f"step-{step:06d}"
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_again_and_again_train_what_they_would_have(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """SIGKILL to one rank, the other, or both, every second time while rank 0 is saving; what is left goes down by itself."""
+    rng = random.Random(6)
+    stage = stage_config(micro_batch_size=1, steps=150, save_every=3, length_window=4)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_ranks(2, tiny_backbone_folder, whole, stage=stage) == [0, 0]
+    for number in range(6):
+        ranks = start_ranks(2, tiny_backbone_folder, killed, stage=stage, resume="auto")
+        wait_for_progress(killed, ranks[0])
+        if number % 2:
+            wait_for_a_directory_being_written(killed, ranks[0])
+        else:
+            time.sleep(rng.uniform(0, 0.5))
+        assert all(process.is_alive() for process in ranks), "the run was over before it could be killed: give it more steps"
+        for process in ([ranks[0]], [ranks[1]], ranks)[number // 2]:
+            process.kill()
+        for process in ranks:
+            process.join(timeout=60)
+        assert all(process.exitcode not in (None, 0) for process in ranks), "a rank goes on alone"
+        assert [damage(directory) for directory in step_directories(killed)] == [None] * len(step_directories(killed))
+    assert run_ranks(2, tiny_backbone_folder, killed, stage=stage, resume="auto") == [0, 0]
+    assert losses_of(killed) == losses_of(whole)
+    assert (killed / "final" / WEIGHTS_FILE).read_bytes() == (whole / "final" / WEIGHTS_FILE).read_bytes()
 
 
 def assert_same_weights(first: Path, second: Path, *, tolerance: float) -> None:

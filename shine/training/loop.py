@@ -6,6 +6,7 @@ import json
 import math
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from shine.training.state import RUN_FILE, RunState, load_state, prune, restore_
 from shine.training.step import StepResult, training_step
 from shine.training.stop import StoppedError, StopRequest, stop_requests
 from shine.training.validation import Validation
-from shine.zoo import find_device, load_backbone, variant_name
+from shine.zoo import find_device, load_backbone, variant_name, without_progress_bars
 
 
 def train(config: TrainConfig) -> Path:
@@ -77,7 +78,7 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Path:
     record = {**run_record(config), "asked": asked}
     look_into(config.data.train, "data.train")
     look_into(config.data.validation, "data.validation")
-    with ranks.one_by_one():
+    with ranks.one_by_one(), nullcontext() if ranks.first else without_progress_bars():
         # What is too large for one device is loaded into host memory and goes to the devices in parts.
         place = "cpu" if config.backbone.shard and ranks.size > 1 else config.backbone.device
         backbone, tokenizer = load_backbone(replace(config.backbone, device=place), targets=shape.targets)
@@ -201,6 +202,7 @@ class _Run:
             micro_batch_size=self.stage.micro_batch_size,
             clip=self.stage.clip,
             pad_id=self.tokenizer.pad_token_id,
+            pad_to_multiple=self.stage.pad_to_multiple,
             ranks=self.ranks,
             guard=self.guard,
         )
