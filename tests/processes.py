@@ -9,6 +9,7 @@ import random
 import socket
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -84,9 +85,7 @@ def run_rank(
     rank: int, size: int, port: int, folder: str, output: str, fault: Fault | None, own_seeds: bool, changes: dict[str, Any]
 ) -> None:
     """The body of one rank's process."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+    become_rank(rank, size, port)
     with pytest.MonkeyPatch.context() as monkeypatch:
         if rank == 1 and fault is not None:
             fault.install(monkeypatch)
@@ -98,6 +97,36 @@ def run_rank(
         except BaseException:
             error_file(Path(output), rank).write_text(traceback.format_exc(), encoding="utf-8")
             raise
+
+
+def become_rank(rank: int, size: int, port: int) -> None:
+    """What ``torchrun`` tells a process, on one thread."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def call_on_ranks(size: int, body: Callable[..., object], *args: Any) -> list[int | None]:
+    """Call a function in ``size`` processes that are ranks, and return their exit codes; ``None`` for one that hangs."""
+    port = free_port()
+    ranks = [CONTEXT.Process(target=_call, args=(rank, size, port, body, args)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=60)
+    return [process.exitcode for process in ranks]
+
+
+def _call(rank: int, size: int, port: int, body: Callable[..., object], args: tuple[Any, ...]) -> None:
+    become_rank(rank, size, port)
+    body(*args)
 
 
 def error_file(output: Path, rank: int) -> Path:
@@ -113,9 +142,7 @@ def start_ranks(
     Args:
         own_seeds: every rank draws other random weights than the configuration's seed says.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = [
         CONTEXT.Process(target=run_rank, args=(rank, size, port, folder, str(output), fault, own_seeds, changes))
         for rank in range(size)

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded_memory
 import torch
 from processes import (
     Fault,
+    call_on_ranks,
     error_file,
     run_ranks,
     start_ranks,
@@ -81,6 +83,17 @@ def test_a_sharded_backbone_trains_what_a_whole_one_does(
     assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-9)
     assert_same_weights(tmp_path / "parts", tmp_path / "one", tolerance=1e-9)
     assert (tmp_path / "parts" / "samples.jsonl").read_text() == (tmp_path / "one" / "samples.jsonl").read_text()
+
+
+def test_what_a_sharded_backbone_takes_is_what_was_said(tmp_path: Path) -> None:
+    """The bytes of FSDP2's own tensors, at rest and at most in both passes, on each of two ranks."""
+    assert call_on_ranks(2, sharded_memory.count, tmp_path) == [0, 0]
+    for rank in range(2):
+        row = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert row["said"]["rest"] == pytest.approx(row["counted"]["rest"], rel=0.01)
+        assert row["said"]["most"] == pytest.approx(row["counted"]["most"], rel=0.05)
+        assert row["said"]["most"] - row["said"]["rest"] == 2 * row["layer"]
+        assert row["counted"]["most"] < row["whole"]
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -134,13 +134,14 @@ class _Run:
         """Train to the last step."""
         title = f"{self.stage.name} {Path(self.config.backbone.path).name}"
         with Monitor(self.output, start=self.step, total=self.total, title=title, rank=self.ranks.rank) as monitor:
-            if self.ranks.first:
-                (self.output / RUN_FILE).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
-            for line in self._needs().splitlines():
-                monitor.say(line)
-            model = synchronised(self.hypernetwork, self.ranks, self.config.engine)
-            for line in self._notes():
-                monitor.say(line)
+            with monitor.paused():
+                if self.ranks.first:
+                    (self.output / RUN_FILE).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+                for line in self._needs().splitlines():
+                    monitor.say(line)
+                model = synchronised(self.hypernetwork, self.ranks, self.config.engine)
+                for line in self._notes():
+                    monitor.say(line)
             self.request.patient = True
             try:
                 while self.step < self.total:
@@ -171,11 +172,13 @@ class _Run:
         if _due(self.step, self.stage.check_every, last=self.total):
             self.ranks.check_equal(self.hypernetwork, step=self.step)
         if _due(self.step, self.stage.evaluate_every, last=self.total) and self.validation:
-            self._evaluate(monitor)
+            with monitor.paused():
+                self._evaluate(monitor)
         stopped_by = self.ranks.any(self.request.signal_number, device=self.backbone.device)
         unfinished = self.step < self.total
         if unfinished and (stopped_by or _due(self.step, self.stage.save_every)):
-            self._save(monitor)
+            with monitor.paused():
+                self._save(monitor)
         if unfinished and stopped_by:
             text = f"{signal.Signals(stopped_by).name}: saved after step {self.step:,} and stopped; resume=latest goes on"
             raise StoppedError(text, signal_number=stopped_by)
