@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from runs import losses_of
+from runs import losses_of, stage_config, train_config
 
 from shine.checkpoint import WEIGHTS_FILE, read_info
 from shine.cli.stages import train_and_evaluate
-from shine.config import EvaluationConfig, TrainConfig, parse
+from shine.config import DataConfig, EvaluationConfig, SourceConfig, TrainConfig, parse
+from shine.data.samples import Sample
 from shine.manifest import damage
+from shine.training import loop
 from shine.training.monitor import METRICS_FILE
 from shine.training.state import load_state, step_directories
 
@@ -326,5 +329,37 @@ def test_every_experiment_goes_once_through(
     assert "dry run: everything fits together, one step was done" in said
     assert f"{stage} backbone 1/1  loss" in said
     assert "validation/adapter_effective_rank" in said
-    assert ("invented worlds stand in" in said) == (experiment != "cpu_world")
+    assert said.count("invented worlds stand in") == (experiment != "cpu_world")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_takes_what_data_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And says in one line what it made up."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    row = {"context": "Zoran works as a baker.", "turns": [{"question": "What is the job of Zoran?", "answers": ["baker"]}]}
+    (tmp_path / "mine.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    seen: list[set[str]] = []
+    real = loop.training_step
+
+    def training_step(model: Any, backbone: Any, samples: list[Sample], **options: Any) -> Any:
+        seen.append({sample.id.split(":")[0] for sample in samples})
+        return real(model, backbone, samples, **options)
+
+    monkeypatch.setattr(loop, "training_step", training_step)
+    mine = SourceConfig(kind="jsonl", path=str(tmp_path / "mine.jsonl"))
+    gone = [SourceConfig(kind="jsonl", path=str(tmp_path / f"{name}.jsonl")) for name in ("one", "two")]
+    config = train_config("no-backbone", tmp_path / "out", dry_run=True, stage=stage_config())
+    train_and_evaluate(replace(config, data=DataConfig(train={"mine": mine}, validation={"one": gone[0], "two": gone[1]})))
+    said = capsys.readouterr().out
+    assert "3 samples of mine" in said
+    [line] = [line for line in said.splitlines() if "invented worlds" in line]
+    assert line == (
+        "dry run: NOT with the real data: invented worlds stand in for "
+        f"data.validation.one ({gone[0].path}), data.validation.two ({gone[1].path}), not on this machine"
+    )
+    assert len(seen) == 1
+    assert not any(name.startswith("world") for name in seen[0])
+    train_and_evaluate(replace(config, data=DataConfig(train={"mine": mine}, validation={"mine": mine})))
+    assert "invented" not in capsys.readouterr().out

@@ -66,19 +66,31 @@ class Ranks:
         Raises:
             ValueError: ``find`` raised one; on every rank, so that none waits for another.
         """
+        return self._ask(find, of=0)
+
+    def ask_first_of_machine(self, find: Callable[[], T]) -> T:
+        """What ``find`` returns on the first rank of each machine, on every rank of that machine.
+
+        Raises:
+            ValueError: ``find`` raised one somewhere; on every rank of every machine.
+        """
+        return self._ask(find, of=self.rank - self.local_rank)
+
+    def _ask(self, find: Callable[[], T], *, of: int) -> T:
         if self.size == 1:
             return find()
         found: list[T] = []
         refusal = ""
-        if self.first:
+        if self.rank == of:
             try:
                 found = [find()]
             except ValueError as error:
                 refusal = str(error)
-        found, refusal = self.gather((found, refusal))[0]
-        if not found:
-            raise ValueError(refusal)
-        return found[0]
+        answers = self.gather((found, refusal))
+        refusals = [refusal for _, refusal in answers if refusal]
+        if refusals:
+            raise ValueError(refusals[0])
+        return answers[of][0][0]
 
     def check_equal(self, module: nn.Module, *, step: int) -> None:
         """Make sure that every rank holds the same parameters; where each holds its own part of them, nothing can be compared.

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from shine.backbone import Backbone
-from shine.checkpoint import CheckpointInfo, effective_config, introduce, save_hypernetwork
+from shine.checkpoint import CheckpointInfo, effective_config, find_checkpoint, introduce, save_hypernetwork
 from shine.config import TrainConfig
 from shine.data.batching import SampleStream
 from shine.data.build import build_samples
@@ -24,6 +24,7 @@ from shine.data.sources import look_into
 from shine.data.tally import Tally
 from shine.files import written_beside
 from shine.fingerprint import fingerprint
+from shine.hub import hub_id
 from shine.training.distributed import Ranks, join_ranks
 from shine.training.guard import Guard
 from shine.training.monitor import BAD_STEPS_FILE, Monitor
@@ -66,6 +67,8 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Path:
         if ranks.first:
             print(f"{start.directory} is there: this run has ended already", flush=True)
         return start.directory
+    if start.directory is not None and not start.resumed:
+        start = replace(start, directory=_on_each_machine(start.directory, config, ranks))
     if ranks.first:
         sweep(Path(config.output).expanduser())
         for line in introduce(start.directory, config.hypernetwork) if start.directory and not start.resumed else ():
@@ -83,6 +86,14 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Path:
         place = "cpu" if config.backbone.shard and ranks.size > 1 else config.backbone.device
         backbone, tokenizer = load_backbone(replace(config.backbone, device=place), targets=shape.targets)
     return _Run(config, backbone, tokenizer, ranks, start=start, request=request, record=record).go()
+
+
+def _on_each_machine(found: Path, config: TrainConfig, ranks: Ranks) -> Path:
+    """The checkpoint that rank 0 found, where this rank can read it: machines need not share the cache of a hub's library."""
+    name = config.checkpoint
+    if name is None or hub_id(name) is None:
+        return found
+    return ranks.ask_first_of_machine(lambda: found if ranks.first else find_checkpoint(name))
 
 
 class _Run:
