@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from safetensors.torch import load_file
 from shine.checkpoint import WEIGHTS_FILE
 from shine.config import BackboneConfig, DataConfig, PromptConfig, ScoringConfig
 from shine.manifest import damage
+from shine.training.distributed import join_ranks
 from shine.training.loop import train
 from shine.training.state import load_state, step_directories
 
@@ -137,6 +139,52 @@ def test_what_one_rank_measures_otherwise_parts_none(where: Any, tiny_backbone_f
     assert len({best.name for best in even.glob("best-*")}) == 1
     assert [best.name for best in odd.glob("best-*")] == [best.name for best in even.glob("best-*")]
     assert_same_weights(odd, even, tolerance=0.0)
+
+
+def take_turns(output: Path, machines: list[list[int]], failing: int | None) -> None:
+    """A rank on one of several machines goes through a block of its own."""
+    rank = int(os.environ["RANK"])
+    [mine] = [machine for machine in machines if rank in machine]
+    os.environ |= {"LOCAL_RANK": str(mine.index(rank)), "LOCAL_WORLD_SIZE": str(len(mine))}
+    with join_ranks("cpu") as ranks:
+        try:
+            with ranks.one_by_one():
+                began = time.monotonic()
+                if rank == failing:
+                    raise ValueError(f"rank {rank} has no backbone")
+                time.sleep(0.1)
+        except ValueError as error:
+            (output / f"rank-{rank}.err").write_text(str(error))
+            raise
+        (output / f"rank-{rank}.json").write_text(json.dumps(began))
+
+
+def test_machines_of_unequal_size_take_turns(tmp_path: Path) -> None:
+    """Three ranks on one, one on another: nobody waits for ever, and on one machine no two are in the block at once."""
+    machines = [[0, 1, 2], [3]]
+    assert call_on_ranks(4, take_turns, tmp_path, machines, None) == [0] * 4
+    entered = sorted(json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in machines[0])
+    assert all(later - earlier >= 0.1 for earlier, later in itertools.pairwise(entered))
+
+
+@pytest.mark.parametrize("failing", [0, 2, 3])
+def test_what_one_rank_is_refused_in_its_turn_ends_all(failing: int, tmp_path: Path) -> None:
+    assert call_on_ranks(4, take_turns, tmp_path, [[0, 1, 2], [3]], failing) == [1] * 4
+    assert [file.read_text() for file in tmp_path.glob("rank-*.err")] == [f"rank {failing} has no backbone"] * 4
+
+
+def leave_early(way: str) -> None:
+    """Rank 1 dies of an error while rank 0 waits for it in a collective."""
+    with join_ranks("cpu") as ranks:
+        if ranks.rank == 1:
+            raise MemoryError(way)
+        ranks.wait()
+
+
+def test_a_rank_with_an_error_leaves_at_once() -> None:
+    started = time.monotonic()
+    assert call_on_ranks(2, leave_early, "gone") == [1, 1]
+    assert time.monotonic() - started < 30
 
 
 def test_what_the_first_rank_refuses_all_refuse(tiny_backbone_folder: str, tmp_path: Path) -> None:

@@ -329,7 +329,7 @@ def test_every_experiment_goes_once_through(
     assert "dry run: everything fits together, one step was done" in said
     assert f"{stage} backbone 1/1  loss" in said
     assert "validation/adapter_effective_rank" in said
-    assert said.count("invented worlds stand in") == (experiment != "cpu_world")
+    assert said.count("so that invented worlds stand in") == (experiment != "cpu_world")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -356,8 +356,8 @@ def test_a_dry_run_takes_what_data_is_there(
     assert "3 samples of mine" in said
     [line] = [line for line in said.splitlines() if "invented worlds" in line]
     assert line == (
-        "dry run: NOT with the real data: invented worlds stand in for "
-        f"data.validation.one ({gone[0].path}), data.validation.two ({gone[1].path}), not on this machine"
+        "dry run: not on this machine, so that invented worlds stand in: "
+        f"data.validation.one ({gone[0].path}), data.validation.two ({gone[1].path})"
     )
     assert len(seen) == 1
     assert not any(name.startswith("world") for name in seen[0])

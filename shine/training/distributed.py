@@ -118,11 +118,24 @@ class Ranks:
 
     @contextmanager
     def one_by_one(self) -> Iterator[None]:
-        """The ranks of one machine go through the block after each other, so that only one at a time holds what it needs in it."""
-        for turn in range(self.local_size):
+        """The ranks of one machine go through the block after each other, so that only one at a time holds what it needs in it.
+
+        Raises:
+            ValueError: the block raised one somewhere; on every rank, so that none waits for another.
+        """
+        if self.size == 1:
+            yield
+            return
+        # Machines may have different numbers of ranks, and all ranks must meet equally often.
+        for turn in range(max(self.gather(self.local_size))):
+            refusal = ""
             if turn == self.local_rank:
-                yield
-            self.wait()
+                try:
+                    yield
+                except ValueError as error:
+                    refusal = str(error)
+            if refusals := [text for text in self.gather(refusal) if text]:
+                raise ValueError(refusals[0])
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:
@@ -133,7 +146,7 @@ def _bit_sum(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def join_ranks(device: str) -> Iterator[Ranks]:
-    """Join the process group that ``torchrun`` describes in the environment, if it does, and leave it at the end.
+    """Join the process group that ``torchrun`` describes in the environment, if it does, and leave it at a good end.
 
     Inside another such block it is the same ranks, and the outer block leaves: a group cannot be joined a second time.
 
@@ -156,10 +169,9 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     if cuda:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        yield _ranks()
-    finally:
-        dist.destroy_process_group()
+    # Not where an error came out: leaving waits for the others, who may wait for this rank. They feel the end of its process.
+    yield _ranks()
+    dist.destroy_process_group()
 
 
 def _ranks() -> Ranks:

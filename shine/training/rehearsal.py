@@ -83,5 +83,5 @@ def _rehearsed(data: DataConfig, say: Callable[[str], None]) -> DataConfig:
 
     rehearsed = DataConfig(train=few("data.train", data.train), validation=few("data.validation", data.validation))
     if missing:
-        say(f"dry run: NOT with the real data: invented worlds stand in for {', '.join(missing)}, not on this machine")
+        say(f"dry run: not on this machine, so that invented worlds stand in: {', '.join(missing)}")
     return rehearsed
