@@ -35,6 +35,7 @@ from shine.config import BackboneConfig, DataConfig, PromptConfig, ScoringConfig
 from shine.manifest import damage
 from shine.training.distributed import join_ranks
 from shine.training.loop import train
+from shine.training.monitor import METRICS_FILE
 from shine.training.state import load_state, step_directories
 
 
@@ -123,6 +124,12 @@ def test_ranks_evaluate_what_they_trained(tiny_backbone_folder: str, tmp_path: P
     assert run_ranks(2, tiny_backbone_folder, tmp_path / "run", **changes) == [0, 0]
     summary = json.loads((tmp_path / "run" / "evaluation" / "summary.json").read_text())
     assert set(summary["sources"]) == {"worlds"}
+    # Started again after a death in the evaluation, the run is not trained again and is evaluated to its end.
+    (tmp_path / "run" / "evaluation" / "summary.json").unlink()
+    before = (tmp_path / "run" / METRICS_FILE).read_bytes()
+    assert run_ranks(2, tiny_backbone_folder, tmp_path / "run", resume="auto", **changes) == [0, 0]
+    assert json.loads((tmp_path / "run" / "evaluation" / "summary.json").read_text())["sources"] == summary["sources"]
+    assert (tmp_path / "run" / METRICS_FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize("where", ["validation", "norm"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -419,3 +420,34 @@ def test_a_run_can_go_on_in_a_new_folder(tiny_backbone_folder: str, tmp_path: Pa
     train(train_config(tiny_backbone_folder, tmp_path / "new", stage=stage, resume=str(tmp_path / "one" / "step-000002")))
     assert losses_of(tmp_path / "new") == pytest.approx(losses_of(tmp_path / "one")[2:])
     assert (tmp_path / "one" / "final").exists()
+
+
+def test_a_full_disk_ends_the_run_and_spoils_nothing(
+    tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second save meets a device without room; the first stays, and the run goes on from it once there is some."""
+    stage = stage_config(steps=6, save_every=2)
+    train(train_config(tiny_backbone_folder, tmp_path / "whole", stage=stage))
+    saves, real = itertools.count(1), torch.save
+
+    def save(value: Any, stream: Any) -> None:
+        if next(saves) == 1:
+            real(value, stream)
+        else:
+            with open("/dev/full", "wb", buffering=0) as full:
+                full.write(b"x")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(train_config(tiny_backbone_folder, tmp_path / "run", stage=stage))
+    monkeypatch.setattr(torch, "save", real)
+    assert [(path.name, damage(path)) for path in step_directories(tmp_path / "run")] == [("step-000002", None)]
+    assert not list((tmp_path / "run").glob(".*"))
+    train(train_config(tiny_backbone_folder, tmp_path / "run", stage=stage, resume="latest"))
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "whole"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(read_only: Path) -> None:
+    """Before a backbone is looked for."""
+    with pytest.raises(ValueError, match=r"locked cannot be written; choose another folder"):
+        train(train_config("nowhere", read_only / "run"))
