@@ -37,7 +37,8 @@ launch() {
     if [ "${SLURM_NNODES:-1}" -gt 1 ]; then
         head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
         port=$((20000 + SLURM_JOB_ID % 20000))
-        exec srun --ntasks-per-node=1 torchrun --nnodes "$SLURM_NNODES" --rdzv-id "$SLURM_JOB_ID" \
+        # What dies on one node ends on all: the others would wait for it.
+        exec srun --ntasks-per-node=1 --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --rdzv-id "$SLURM_JOB_ID" \
             --rdzv-backend c10d --rdzv-endpoint "$head:$port" "$@"
     elif [ "${NNODES:-1}" -gt 1 ]; then
         exec torchrun --nnodes "$NNODES" --node-rank "${NODE_RANK:?rank of this node, from 0}" \

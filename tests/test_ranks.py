@@ -99,12 +99,14 @@ def test_what_a_sharded_backbone_takes_is_what_was_said(tmp_path: Path) -> None:
         assert row["counted"]["most"] < row["whole"]
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_bad_number_on_one_rank_skips_the_step_on_both(where: Any, tiny_backbone_folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("where", "engine"), [("loss", "ddp"), ("gradient", "ddp"), ("loss", "fsdp")])
+def test_a_bad_number_on_one_rank_skips_the_step_on_both(
+    where: Any, engine: str, tiny_backbone_folder: str, tmp_path: Path
+) -> None:
     """Two micro-batches a rank and step: the third of rank 1 belongs to step 2. The next steps go on as if it had not been."""
-    stage = stage_config("mqa", micro_batch_size=1, steps=5)
-    assert run_ranks(2, tiny_backbone_folder, tmp_path / "bad", stage=stage, fault=Fault(where, call=3)) == [0, 0]
-    assert run_ranks(2, tiny_backbone_folder, tmp_path / "good", stage=stage) == [0, 0]
+    changes = {"stage": stage_config("mqa", micro_batch_size=1, steps=5), "engine": engine}
+    assert run_ranks(2, tiny_backbone_folder, tmp_path / "bad", fault=Fault(where, call=3), **changes) == [0, 0]
+    assert run_ranks(2, tiny_backbone_folder, tmp_path / "good", **changes) == [0, 0]
     bad, good = losses_of(tmp_path / "bad"), losses_of(tmp_path / "good")
     assert [index for index, loss in enumerate(bad) if not math.isfinite(loss)] == ([1] if where == "loss" else [])
     assert bad[0] == good[0]

@@ -274,7 +274,9 @@ def test_slurm_nodes_train_what_one_does(tiny_backbone_folder: str, clone: Path,
     command = ["sh", str(spool), *small(tiny_backbone_folder), *STEPS]
     run = subprocess.run(command, env=environment, cwd=spool.parent, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    assert "--rdzv-endpoint localhost:34567 " in (clone / "said").read_text()
+    said = (clone / "said").read_text()
+    assert said.startswith("srun --ntasks-per-node=1 --kill-on-bad-exit=1 torchrun --nnodes 2 ")
+    assert "--rdzv-endpoint localhost:34567 " in said
     assert losses_of(clone / "checkpoints" / "slurm" / "pretrain") == pytest.approx(one_node, rel=1e-6)
 
 
