@@ -5,7 +5,7 @@
 # NAME      the folder under checkpoints/ of a run; unset: what the script says
 # TORCH_ELASTIC_SHUTDOWN_TIMEOUT
 #           seconds that ranks have to finish a step and to save when a signal comes; unset: 110, of the 120 that the scripts ask
-#           SLURM for. Known to torchrun since 2.12; before, it is always 30
+#           SLURM for. torch 2.13 knows it; a torchrun that does not always gives 30
 # NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
 #           several nodes, the same command on each; under SLURM (sbatch --nodes=N) all of it is found
 set -eu

@@ -22,6 +22,7 @@ from processes import (
     Fault,
     call_on_ranks,
     error_file,
+    free_port,
     run_ranks,
     start_ranks,
     wait_for_a_directory_being_written,
@@ -314,3 +315,23 @@ def test_a_rank_that_dies_takes_the_others_down(way: str, tiny_backbone_folder: 
     assert run.returncode != 0
     assert time.monotonic() - started - died < 60
     assert ("rank 1 has run out of memory" if way == "raise" else "SIGKILL") in run.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_takes_the_other_node_down(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """Two launchers, as on two nodes, with a rank each: that of the second is killed."""
+    script = str(Path(__file__).parent / "dying_rank.py")
+    meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    nodes = []
+    for number in range(2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--node-rank", str(number), *meeting]
+        command = [*launch, script, tiny_backbone_folder, str(tmp_path), "kill"]
+        nodes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    while not (tmp_path / "died").exists() and nodes[1].poll() is None:
+        time.sleep(0.05)
+    died = time.monotonic()
+    errors = [node.communicate(timeout=60)[1] for node in nodes]
+    assert all(node.returncode for node in nodes)
+    assert time.monotonic() - died < 60
+    assert "SIGKILL" in errors[1]
