@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shine.config import HypernetworkConfig
 
@@ -61,10 +61,15 @@ class Fingerprint:
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
     """The fingerprint of a model and its tokenizer as they are in memory."""
-    config = {name: getattr(model.config, name, None) for name in _SHAPE}
-    config["rope_theta"] = (getattr(model.config, "rope_parameters", None) or {}).get("rope_theta")
     matrices = ((name, parameter) for name, parameter in model.named_parameters() if parameter.dim() == 2)
-    return Fingerprint(_short(config), _short(sorted(tokenizer.get_vocab().items())), _short_of_weights(matrices))
+    return Fingerprint(config_fingerprint(model.config), _short(sorted(tokenizer.get_vocab().items())), _short_of_weights(matrices))
+
+
+def config_fingerprint(config: PretrainedConfig) -> str:
+    """The first part of a backbone's fingerprint, which needs no weights."""
+    values = {name: getattr(config, name, None) for name in _SHAPE}
+    values["rope_theta"] = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+    return _short(values)
 
 
 @torch.no_grad()

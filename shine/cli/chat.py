@@ -13,6 +13,7 @@ from shine.cli.models import (
     add_json_option,
     add_model_options,
     add_reading_options,
+    add_strength_option,
     encode_document,
     load_shine,
     positive,
@@ -53,7 +54,7 @@ shine chat --context notes.txt --model cpu-world --compare
     parser.add_argument("--adapter", nargs="+", metavar="FOLDER", default=[], help="adapters that `shine encode` wrote")
     parser.add_argument("-q", "--question", action="append", metavar="Q", help="ask this; repeat it for further turns")
     parser.add_argument("--compare", action="store_true", help="SHINE, In-Context and Only Question side by side")
-    parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="multiply the update (default: 1)")
+    add_strength_option(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (default: 256)")
     add_json_option(parser)
     add_model_options(parser)

@@ -11,6 +11,7 @@ from shine.cli.models import (
     add_json_option,
     add_model_options,
     add_reading_options,
+    add_strength_option,
     encode_document,
     load_shine,
     positive,
@@ -42,7 +43,7 @@ shine check notes.txt --adapter adapters/notes --model cpu-world --json
     )
     parser.add_argument("text", metavar="TEXT", help="a file, or - for standard input")
     parser.add_argument("--adapter", metavar="FOLDER", help="the adapter to check; without it the text is encoded now")
-    parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="multiply the update (default: 1)")
+    add_strength_option(parser)
     parser.add_argument("--sentences", type=positive, default=64, metavar="N", help="ask for at most so many (default: 64)")
     add_json_option(parser)
     add_model_options(parser)

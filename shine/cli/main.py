@@ -22,6 +22,7 @@ from shine.cli import (
     push,
     release,
     report,
+    serve_adapter,
     store,
     trust,
 )
@@ -36,6 +37,7 @@ COMMANDS = (
     info,
     compare,
     store,
+    serve_adapter,
     data,
     converse,
     report,

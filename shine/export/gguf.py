@@ -15,14 +15,18 @@ from pathlib import Path
 
 import gguf
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from shine.chat import END, END_OF_TEXT, START
 from shine.export.ranks import padded
 from shine.files import may_replace, written_beside
+from shine.fingerprint import Fingerprint, config_fingerprint
 from shine.lora import LoRA
+from shine.zoo import resolve
 
 ADAPTER_FILE, MODELFILE = "adapter.gguf", "Modelfile"
+BASE = "./backbone.gguf"
+"""What a Modelfile builds on where nobody says."""
 CONTEXTS_KEY = "shine.contexts"
 
 
@@ -77,6 +81,31 @@ def gguf_tensors(lora: LoRA, config: PretrainedConfig) -> dict[str, Tensor]:
         tensors[f"{name}.weight.lora_a"] = a[0].mT.detach().float().cpu().contiguous()
         tensors[f"{name}.weight.lora_b"] = b[0].mT.detach().float().cpu().contiguous()
     return tensors
+
+
+def backbone_config(backbone: str, lora: LoRA) -> PretrainedConfig:
+    """The configuration of the backbone that ``lora`` was made for, without its weights.
+
+    Args:
+        backbone: a folder, a hub id, or a name that SHINE knows.
+
+    Raises:
+        ValueError: there is none, or the adapter was made for one of another shape.
+    """
+    path = resolve(backbone)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: no configuration of a model there ({reason}); give --backbone the one it was made for") from None
+    found = config_fingerprint(config)
+    for span in (span for spans in lora.provenance for span in spans):
+        if Fingerprint.parse(span.backbone.fingerprint).config != found:
+            raise ValueError(
+                f"this adapter was made for backbone {span.backbone.name} (fingerprint {span.backbone.fingerprint}), and "
+                f"{backbone} has another shape ({found}): give --backbone the one it was made for"
+            )
+    return config
 
 
 def write_gguf(lora: LoRA, directory: Path, *, config: PretrainedConfig, base: str) -> None:
