@@ -142,15 +142,12 @@ def _recorded_backbone(path: str, lora: LoRA) -> str:
 def _check(args: argparse.Namespace, path: str, lora: LoRA, *, name: str) -> str:
     """How to start the engine so that it takes the adapter under this name."""
     from shine.export.engines import ENGINES
-    from shine.zoo import FETCHED, SHIPPED, resolve
 
-    base = args.backbone or _recorded_backbone(path, lora)
     return ENGINES[args.check].check(
         name,
         rank=lora.rank,
         modules={linear.rsplit(".", 1)[-1] for linear in lora},
-        # Names of our own mean nothing to an engine; what lies elsewhere need not lie on this machine.
-        base=resolve(base) if base in (*SHIPPED, *FETCHED) else base,
+        base=args.backbone or _recorded_backbone(path, lora),
         server_rank=args.server_rank,
     )
 

@@ -90,6 +90,8 @@ def _register(args: argparse.Namespace) -> None:
         raise ValueError("give a TEXT to encode, or --adapter FOLDER, one of the two")
     if (args.output is None) != args.from_tensors:
         raise ValueError("say how the server gets the weights: --output FOLDER that it can read, or --from-tensors (SGLang)")
+    if args.from_tensors and args.engine != "sglang":
+        raise ValueError("vLLM loads adapters from folders only: give --output FOLDER, which it can read, not --from-tensors")
     from shine.checkpoint import output_folder
     from shine.export.engines import check_new_folder
 
@@ -156,7 +158,9 @@ def _write_and_load(server: Server, name: str, lora: LoRA, folder: Path, args: a
 
 
 def _note_other_base(served: str, backbone: str) -> None:
-    if served and backbone and Path(served).name != Path(backbone).name:
+    from shine.export.engines import model_path
+
+    if served and backbone and Path(served).name not in (backbone, Path(model_path(backbone)).name):
         print(f"note: the server has {served}, the adapter is for {backbone}; answers need the same weights", file=sys.stderr)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from shine.export.peft import CONFIG_FILE, WEIGHTS_FILE
+from shine.zoo import FETCHED, SHIPPED, resolve
 
 LINEARS = frozenset(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
 """What both adapt in Qwen3, Qwen2 and Llama models, which they hold as ``qkv_proj`` and ``gate_up_proj`` and take apart again."""
@@ -67,7 +68,7 @@ class Engine:
             problems.append(f"it adapts no linear called {', '.join(odd)}: use a hypernetwork without these targets, or merge")
         if problems:
             raise ValueError(f"{name}: {self.title} would refuse it: {'; '.join(problems)}")
-        return self.command.format(base=base, rank=self.server_rank(rank), modules=" ".join(sorted(modules)))
+        return self.command.format(base=model_path(base), rank=self.server_rank(rank), modules=" ".join(sorted(modules)))
 
     def server_rank(self, rank: int) -> int:
         """The smallest value of its option for the largest rank that has room for ``rank``."""
@@ -114,6 +115,11 @@ def name_problems(name: str) -> list[str]:
     if _NAME.fullmatch(name):
         return []
     return [f"{name!r} cannot be a name: letters, digits, '.', '_' and '-', beginning with a letter or digit"]
+
+
+def model_path(backbone: str) -> str:
+    """What an engine calls a backbone: names of our own mean nothing to it. Others need not lie on this machine."""
+    return resolve(backbone) if backbone in (*SHIPPED, *FETCHED) else backbone
 
 
 def check_new_folder(folder: Path) -> None:

@@ -94,8 +94,7 @@ class Server:
         They travel as a pickle in base64, which is what SGLang reads. Releases since 0.5.18 want one copy for each GPU in
         ``serialized_named_tensors``, earlier ones a single one in ``serialized_tensors``; both are tried, the newer first.
         """
-        if self.kind != "sglang":
-            raise ValueError("vLLM loads adapters from folders only: give --output FOLDER, which it can read")
+        assert self.kind == "sglang"
         payload = base64.b64encode(pickle.dumps(dict(peft_tensors(lora)))).decode("ascii")
         body = {"lora_name": name, "config_dict": peft_config(lora, base=self.base().name)}
         path = f"{self.engine.load}_from_tensors"
@@ -200,7 +199,7 @@ def _said(body: object, text: str) -> str:
                 return _said(value, text)
             if value:
                 return _line(str(value))
-    return _line(text) or "nothing"
+    return _line(body if isinstance(body, str) else text) or "nothing"
 
 
 def _line(text: str) -> str:
