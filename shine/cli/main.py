@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from shine.cli import (
+    app,
     chat,
     check,
     compare,
@@ -38,6 +39,7 @@ COMMANDS = (
     compare,
     store,
     serve_adapter,
+    app,
     data,
     converse,
     report,
