@@ -115,7 +115,7 @@ class Page:
         if not question.strip():
             raise _shown("there is no question")
         for messages in session.shown.values():
-            messages.append({"role": "user", "content": question})
+            messages.append({"role": "user", "content": _plain(question.strip())})
         yield session, "", *session.shown.values()
         for told in session.talks.ask(question.strip(), strength=strength):
             said = _plain(told.text + (" …" if told.cut else "") or "(nothing)")
@@ -191,7 +191,7 @@ def serve(page: Page, *, host: str, port: int, text: str = "", wait: bool = True
 
 def _chatbot(name: str, about: str) -> gr.Chatbot:
     empty = "Encode a context, then ask." if name == "shine" else ""
-    return gr.Chatbot(label=f"{TITLES[name]} {about}", height=540, min_width=0, elem_id=name, buttons=[], placeholder=empty)
+    return gr.Chatbot(label=f"{TITLES[name]}: {about}", height=540, min_width=0, elem_id=name, buttons=[], placeholder=empty)
 
 
 def _shown(message: str) -> gr.Error:
@@ -200,7 +200,7 @@ def _shown(message: str) -> gr.Error:
 
 
 def _plain(text: str) -> str:
-    """An answer as it is: what looks like Markdown or HTML in it is not meant so."""
+    """Words as they are: what looks like Markdown or HTML in them is not meant so."""
     return "".join(letter if letter.isalnum() or letter in " .,:;!?'" else f"&#{ord(letter)};" for letter in text)
 
 
