@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pexpect
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
@@ -74,7 +75,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
     for module in COMMANDS:
-        name = module.__name__.rsplit(".", 1)[-1]
+        name = module.__name__.rsplit(".", 1)[-1].replace("_", "-")
         with pytest.raises(SystemExit, match="0"):
             main([name, "--help"])
         examples = capsys.readouterr().out.partition("\nexamples:\n")[2]
@@ -306,6 +307,10 @@ def test_a_bad_document_is_one_line_and_leaves_nothing(
     assert about in refused("chat", "--context", notes, "-q", "x", *MODEL)
     assert about in refused("check", notes, *MODEL)
     assert about in refused("store", "add", tmp_path / "store", "x", notes, *MODEL)
+    assert about in refused("compare", "cpu-world", "cpu-world", "--context", notes)
+    server = ("--engine", "vllm", "--server", "http://127.0.0.1:9", "-o", tmp_path / "out")
+    assert about in refused("serve-adapter", "register", notes, *server, *MODEL)
+    assert about in refused("app", "--context", notes, *MODEL)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -316,6 +321,9 @@ def test_an_unknown_checkpoint_is_one_line(notes: Path, tmp_path: Path, refused:
     assert "no such folder" in refused("info", tmp_path / "out")
     assert "no adapter there" in refused("chat", "--adapter", tmp_path / "out", "-q", "x", *MODEL)
     assert "no adapter there" in refused("export", tmp_path / "out", "-o", tmp_path / "peft")
+    for command in (("store", "add", tmp_path / "out", "x", notes), ("check", _with(notes, f"{TEXT} Runa lives in Lorvik."))):
+        assert "checkpoints/absent: no such checkpoint" in refused(*command, "--model", "checkpoints/absent")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_of_another_model_is_one_line_with_both_names(
@@ -349,14 +357,24 @@ def read_only() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_a_read_only_folder_is_one_line(notes: Path, adapter: Path, read_only: Path, refused: Callable[..., str]) -> None:
-    # Read before the rights are gone: the folders of pytest are nobody else's.
-    for arguments in (("encode", "-"), ("export", adapter)):
-        if arguments[0] == "export" and not os.access(adapter, os.R_OK):
-            continue
-        sys.stdin = io.TextIOWrapper(io.BytesIO(TEXT.encode()))
-        told = refused(*arguments, "-o", read_only / "out", *(MODEL if arguments[0] == "encode" else ()))
-        assert re.search(r"locked cannot be written; choose another folder", told)
+def test_a_read_only_folder_is_one_line(
+    adapter: Path, read_only: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ("--engine", "vllm", "--server", "http://127.0.0.1:9")
+    for arguments in (
+        ("encode", "-", *MODEL),
+        ("encode", "-", "--format", "gguf", *MODEL),
+        ("export", adapter),
+        ("export", adapter, "--format", "gguf"),
+        ("export", adapter, "--merge"),
+        ("serve-adapter", "register", "-", *server, *MODEL),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+        assert "locked cannot be written; choose another folder" in refused(*arguments, "-o", read_only / "out")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    told = refused("store", "add", read_only / "store", "x", "-", *MODEL)
+    assert "locked" in told
+    assert "permission" in told or "cannot be written" in told
     assert list(read_only.iterdir()) == []
 
 
@@ -402,17 +420,100 @@ def test_the_commands_of_the_readme_work(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_a_megabyte_is_read_in_bounded_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_rank", [None, 4])
+def test_a_megabyte_is_read_in_bounded_memory(tmp_path: Path, max_rank: int | None) -> None:
     """In a process of its own, whose peak is measured: the model and libraries take 400 MB of it."""
     code = (
         "import resource; from shine import Shine; from shine.data.worlds import World\n"
         "text = ' '.join(World(seed=9).example(index).context for index in range(8200))[:1_000_000]\n"
         "assert len(text) == 1_000_000\n"
-        "lora = Shine.from_pretrained('cpu-world', device='cpu').encode(text, batch_size=32)\n"
+        f"lora = Shine.from_pretrained('cpu-world', device='cpu').encode(text, batch_size=32, max_rank={max_rank})\n"
         "print(lora.provenance[0][0].context.pieces, lora.rank, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     pieces, rank, peak = map(int, done.stdout.split())
     assert pieces > 3000
-    assert rank == 64
+    # Full rank is that of the widest linear, 64.
+    assert rank == (max_rank or 64)
     assert peak < 1500
+
+
+def test_what_is_held_while_a_long_text_is_read_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more than twice the bound in ranks, however many pieces there are."""
+    shine, held = Shine.from_pretrained("cpu-world", device="cpu"), []
+    concat = LoRA.concat
+
+    def counted(loras: list[LoRA]) -> LoRA:
+        held.append(sum(lora.rank for lora in loras))
+        return concat(loras)
+
+    monkeypatch.setattr(LoRA, "concat", staticmethod(counted))
+    text = " ".join(World(seed=9).example(index).context for index in range(60))
+    lora = shine.encode(text, max_rank=4, batch_size=3)
+    assert lora.provenance[0][0].context.pieces > 25
+    assert len(held) > 5
+    assert max(held) <= 2 * 4 + 2
+    assert lora.rank == 4
+
+
+# --- in a terminal, and installed ---------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_in_a_terminal(notes: Path) -> None:
+    command = ["-m", "shine.cli.main", "chat", "--context", str(notes), *MODEL]
+    with pexpect.spawn(sys.executable, command, encoding="utf-8", timeout=60, dimensions=(30, 120)) as terminal:
+        terminal.expect(r"about notes\.txt, which cpu-world does not see")
+        for typed, answer in (
+            ("Where does Umar live?", "Selkirk"),
+            ("/strength 0.5", r"strength 0\.5"),
+            ("/strength much", r"strength is 0\.5; a number sets it"),
+            ("/help", "/reset forgets the conversation"),
+            ("/reset", "a new conversation"),
+            ("/strength 1", "strength 1"),
+            ("What is the job of Zoran?", "baker"),
+        ):
+            terminal.expect("> ")
+            terminal.sendline(typed)
+            terminal.expect(answer)
+        terminal.expect("> ")
+        terminal.sendeof()
+        terminal.expect(pexpect.EOF)
+        terminal.close()
+        assert terminal.exitstatus == 0
+
+
+@pytest.mark.slow
+def test_an_installed_shine_runs_what_the_readme_says(tmp_path: Path) -> None:
+    """``pip install .`` into an environment of its own, which borrows the libraries of this one; then the commands, in a shell."""
+    root = Path(__file__).resolve().parent.parent
+    shutil.copytree(root, tmp_path / "clone", ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "outputs"))
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = subprocess.run(
+        [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
+    )
+    # Behind what is installed here, so that this SHINE comes first.
+    libraries = [path for path in sys.path if path.endswith("site-packages")]
+    Path(site.stdout.strip(), "libraries.pth").write_text("\n".join(libraries))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "-q"]
+    subprocess.run([python, "-m", "pip", "install", *options, tmp_path / "clone"], check=True, env=environment)
+    section = (root / "README.md").read_text().partition("## From a text to an adapter\n")[2].partition("\n## ")[0]
+    commands = section.partition("```sh\n")[2].partition("```")[0]
+    (tmp_path / "work").mkdir()
+    path = f"{tmp_path / 'venv' / 'bin'}:{environment['PATH']}"
+    done = subprocess.run(
+        ["sh", "-ec", commands],
+        cwd=tmp_path / "work",
+        env={**environment, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "baker"
+    assert (tmp_path / "work" / "notes-peft" / "adapter_model.safetensors").exists()
+    where = subprocess.run(
+        [python, "-c", "import shine; print(shine.__file__)"], env=environment, cwd=tmp_path, capture_output=True
+    )
+    assert str(tmp_path / "venv") in where.stdout.decode()

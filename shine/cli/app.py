@@ -39,11 +39,11 @@ shine app --model checkpoints/mine/train --port 7861
 def _app(args: argparse.Namespace) -> None:
     if not 0 < args.port < 65536:
         raise ValueError(f"--port {args.port}: a port is a number from 1 to 65535")
-    if importlib.util.find_spec("gradio") is None:
-        raise ValueError("the page takes an extra: pip install 'shine-hypernetwork[app]'")
     documents = read_inputs([args.context], args) if args.context else []
     if len(documents) > 1:
         raise ValueError(f"{args.context} holds {len(documents)} documents: begin with one")
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("the page takes an extra: pip install 'shine-hypernetwork[app]'")
     shine = load_shine(args)
     # Gradio reads it when it is imported.
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")

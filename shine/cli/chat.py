@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 
 from shine.cli.commands import Commands, add_command
 from shine.cli.models import (
-    add_json_option,
-    add_model_options,
-    add_reading_options,
+    add_document_options,
     add_strength_option,
     encode_document,
     load_shine,
@@ -56,9 +54,7 @@ shine chat --context notes.txt --model cpu-world --compare
     parser.add_argument("--compare", action="store_true", help="SHINE, In-Context and Only Question side by side")
     add_strength_option(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (default: 256)")
-    add_json_option(parser)
-    add_model_options(parser)
-    add_reading_options(parser)
+    add_document_options(parser)
     parser.set_defaults(run=_chat)
 
 

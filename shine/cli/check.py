@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shine.cli.commands import Commands, add_command
 from shine.cli.models import (
-    add_json_option,
-    add_model_options,
-    add_reading_options,
+    add_document_options,
     add_strength_option,
     encode_document,
     load_shine,
@@ -45,9 +43,7 @@ shine check notes.txt --adapter adapters/notes --model cpu-world --json
     parser.add_argument("--adapter", metavar="FOLDER", help="the adapter to check; without it the text is encoded now")
     add_strength_option(parser)
     parser.add_argument("--sentences", type=positive, default=64, metavar="N", help="ask for at most so many (default: 64)")
-    add_json_option(parser)
-    add_model_options(parser)
-    add_reading_options(parser)
+    add_document_options(parser)
     parser.set_defaults(run=_check)
 
 

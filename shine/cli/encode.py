@@ -8,10 +8,8 @@ from pathlib import Path
 
 from shine.cli.commands import Commands, add_command
 from shine.cli.models import (
+    add_document_options,
     add_format_options,
-    add_json_option,
-    add_model_options,
-    add_reading_options,
     add_strength_option,
     describe,
     encode_document,
@@ -48,9 +46,7 @@ curl -s https://example.org/page.txt | shine encode - --model checkpoints/mine/t
     parser.add_argument("--join", action="store_true", help="one adapter, the sum of all texts' updates")
     add_strength_option(parser)
     parser.add_argument("--keep-text", action="store_true", help="keep the text itself in the adapter, not only its hash")
-    add_json_option(parser)
-    add_model_options(parser)
-    add_reading_options(parser)
+    add_document_options(parser)
     parser.set_defaults(run=_encode)
 
 

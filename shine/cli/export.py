@@ -18,6 +18,8 @@ from shine.cli.models import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from shine.lora import LoRA
 
 
@@ -68,18 +70,18 @@ def _export(args: argparse.Namespace) -> None:
     from shine.export.engines import check_new_folder
 
     output = output_folder(args.output)
-    adapters = _adapters(args)
+    adapters = _adapters(args.adapters, args)
     folders = dict.fromkeys(adapters, output) if len(adapters) == 1 else {path: output / Path(path).name for path in adapters}
     if len(set(folders.values())) < len(folders):
         raise ValueError("two of the adapters have the same name: export them one by one")
     # All of them before the first is written.
     starts = {}
-    for path, lora in adapters.items() if args.check else ():
+    for path, (lora, backbone) in adapters.items() if args.check else ():
         check_new_folder(folders[path])
-        starts[path] = _check(args, path, lora, name=folders[path].absolute().name)
+        starts[path] = _check(lora, args, name=folders[path].absolute().name, backbone=backbone)
     written = []
-    for path, lora in adapters.items():
-        _write(path, lora, folders[path], args)
+    for path, (lora, backbone) in adapters.items():
+        _write(lora, folders[path], args, backbone=backbone)
         kind = "merged" if args.merge else args.format
         found = {"adapter": path, "folder": str(folders[path]), "format": kind, "rank": lora.rank}
         written.append({**found, "start": starts[path]} if args.check else found)
@@ -104,27 +106,30 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
         raise ValueError("a GGUF adapter is stored in float32: leave --dtype out")
 
 
-def _adapters(args: argparse.Namespace) -> dict[str, LoRA]:
-    """What is to be written, by the path it was read from."""
+def _adapters(paths: Sequence[str], args: argparse.Namespace) -> dict[str, tuple[LoRA, str]]:
+    """What is to be written, and its backbone, by the path it was read from."""
     from shine.lora import LoRA
 
-    adapters = {path: strong(LoRA.load(path), args.strength) for path in args.adapters}
+    loaded = {path: strong(LoRA.load(path), args.strength) for path in paths}
     if args.join:
-        adapters = {"sum": LoRA.concat(list(adapters.values()))}
-    for path, lora in adapters.items():
+        loaded = {"sum": LoRA.concat(list(loaded.values()))}
+    adapters = {}
+    for path, lora in loaded.items():
+        # Before it is reduced: a sum does not know its origin any more then.
+        backbone = args.backbone or _recorded_backbone(path, lora)
         if args.max_rank is not None and lora.rank > args.max_rank:
-            adapters[path], share = lora.reduce(args.max_rank)
+            lora, share = lora.reduce(args.max_rank)
             if not args.json:
-                print(f"{path}: reduced to rank {args.max_rank}, {share:.1%} of the update (squared norm) is kept", flush=True)
+                print(f"{path}: reduced to rank {lora.rank}, {share:.1%} of the update (squared norm) is kept", flush=True)
+        adapters[path] = lora, backbone
     return adapters
 
 
-def _write(path: str, lora: LoRA, folder: Path, args: argparse.Namespace) -> None:
+def _write(lora: LoRA, folder: Path, args: argparse.Namespace, *, backbone: str) -> None:
     import torch
 
     from shine.export.peft import write_merged
 
-    backbone = args.backbone or _recorded_backbone(path, lora)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     if args.merge:
         write_merged(lora, folder, backbone=backbone, dtype=dtype)
@@ -139,7 +144,7 @@ def _recorded_backbone(path: str, lora: LoRA) -> str:
     return names.pop()
 
 
-def _check(args: argparse.Namespace, path: str, lora: LoRA, *, name: str) -> str:
+def _check(lora: LoRA, args: argparse.Namespace, *, name: str, backbone: str) -> str:
     """How to start the engine so that it takes the adapter under this name."""
     from shine.export.engines import ENGINES
 
@@ -147,7 +152,7 @@ def _check(args: argparse.Namespace, path: str, lora: LoRA, *, name: str) -> str
         name,
         rank=lora.rank,
         modules={linear.rsplit(".", 1)[-1] for linear in lora},
-        base=args.backbone or _recorded_backbone(path, lora),
+        base=backbone,
         server_rank=args.server_rank,
     )
 
@@ -160,8 +165,10 @@ def _only_check(args: argparse.Namespace) -> None:
     others = [path for path in args.adapters if path not in peft]
     engine = ENGINES[args.check]
     starts = {path: engine.check_folder(Path(path).expanduser(), server_rank=args.server_rank) for path in peft}
-    adapters = _adapters(argparse.Namespace(**{**vars(args), "adapters": others})) if others else {}
-    starts |= {path: _check(args, path, lora, name=Path(path).absolute().name) for path, lora in adapters.items()}
+    adapters = _adapters(others, args) if others else {}
+    starts |= {
+        path: _check(lora, args, name=Path(path).absolute().name, backbone=backbone) for path, (lora, backbone) in adapters.items()
+    }
     if args.json:
         print_json([{"adapter": path, "engine": args.check, "start": start} for path, start in starts.items()])
         return

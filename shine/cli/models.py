@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from shine.model import Shine
 
 
+def add_document_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """What a command needs that encodes documents: ``--json``, the model (which may be left out unless ``required``), reading."""
+    add_json_option(parser)
+    add_model_options(parser, required=required)
+    add_reading_options(parser)
+
+
 def add_model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Which hypernetwork and backbone, and how they are held."""
     group = parser.add_argument_group("model")

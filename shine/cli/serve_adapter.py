@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from shine.cli.commands import Commands, add_command
 from shine.cli.models import (
+    add_document_options,
     add_json_option,
-    add_model_options,
-    add_reading_options,
     add_strength_option,
     encode_document,
     load_shine,
@@ -56,8 +55,7 @@ shine serve-adapter unregister notes-5f0c2a9e41 --engine vllm
     register.add_argument("--name", help="instead of the text's name and a hash of the weights")
     register.add_argument("--server-rank", type=positive, metavar="N", help="the largest rank it was started with")
     add_strength_option(register)
-    add_model_options(register, required=False)
-    add_reading_options(register)
+    add_document_options(register, required=False)
     listing = _add_action(actions, "list", "say what the server has", _list)
     ask = _add_action(actions, "ask", "ask the model that wears an adapter", _ask)
     unregister = _add_action(actions, "unregister", "take an adapter away; its folder stays", _unregister)
@@ -65,7 +63,7 @@ shine serve-adapter unregister notes-5f0c2a9e41 --engine vllm
         action.add_argument("name", metavar="NAME", help="under which it was registered")
     ask.add_argument("-q", "--question", action="append", required=True, metavar="Q", help="ask this; repeat it for further turns")
     ask.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (default: 256)")
-    for action in (register, ask, listing):
+    for action in (ask, listing):
         add_json_option(action)
 
 
