@@ -107,6 +107,26 @@ def test_info_tells_the_provenance(adapter: Path, run: Callable[..., str]) -> No
     assert TEXT not in told
 
 
+@pytest.mark.parametrize(
+    ("options", "kind", "record"),
+    [
+        (["--format", "peft"], "PEFT adapter", "shine.json"),
+        (["--merge"], "merged model", "shine.json"),
+        (["--format", "gguf"], "GGUF adapter", "adapter.gguf"),
+    ],
+)
+def test_info_tells_the_provenance_of_what_was_exported(
+    adapter: Path, tmp_path: Path, run: Callable[..., str], refused: Callable[..., str], options: list[str], kind: str, record: str
+) -> None:
+    run("export", adapter, *options, "-o", tmp_path / "out")
+    found = json.loads(run("info", tmp_path / "out", "--json"))
+    assert found == {"kind": kind, "contexts": json.loads(run("info", adapter, "--json"))["contexts"]}
+    assert "notes.txt" in run("info", tmp_path / "out")
+    for damage in (b"{}", b"[]", b"GGUF", b""):
+        (tmp_path / "out" / record).write_bytes(damage)
+        assert re.search(rf"{record}: .*cannot be read \(.*\); export the adapter again", refused("info", tmp_path / "out"))
+
+
 def test_standard_input_and_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Callable[..., str]) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
     (written,) = json.loads(run("encode", "-", "-o", tmp_path / "a", "--json", "--keep-text", *MODEL))

@@ -217,7 +217,10 @@ def test_an_adapter_from_disk_and_a_folder_seen_elsewhere(
     (tmp_path / "mounted").symlink_to(tmp_path / "served")
     options = ("-o", tmp_path / "served", "--mounted-as", tmp_path / "mounted", "--name", "notes-1", "--strength", 0)
     assert run("serve-adapter", "register", "--adapter", tmp_path / "a", *at(server), *options) == "notes-1\n"
-    assert server.adapters == {"notes-1": str(tmp_path / "mounted" / "notes-1")}
+    assert server.adapters["notes-1"] == str(tmp_path / "mounted" / "notes-1")
+    run("serve-adapter", "register", "--adapter", tmp_path / "a", *at(server), "-o", tmp_path / "served", "--max-rank", 1)
+    (reduced,) = [folder for folder in (tmp_path / "served").iterdir() if folder.name != "notes-1"]
+    assert json.loads((reduced / "adapter_config.json").read_text())["r"] == 1
     weak = run("serve-adapter", "ask", "notes-1", *at(server), "-q", QUESTION)
     assert weak.strip() == server.generate(None, server.requests[-1][1]["prompt"], 256).strip() != "baker"
 

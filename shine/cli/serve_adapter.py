@@ -133,6 +133,9 @@ def _adapter(args: argparse.Namespace) -> tuple[str, LoRA, str]:
     if args.adapter is not None:
         lora = LoRA.load(args.adapter)
         names = {span.backbone.name for spans in lora.provenance for span in spans}
+        if args.max_rank is not None and lora.rank > args.max_rank:
+            lora, share = lora.reduce(args.max_rank)
+            print(f"note: reduced to rank {lora.rank}, {share:.1%} of the update (squared norm) is kept", file=sys.stderr)
         return Path(args.adapter).absolute().name, lora, args.backbone or (names.pop() if len(names) == 1 else "")
     if args.model is None:
         raise ValueError("a text is encoded by a hypernetwork: give --model CHECKPOINT")

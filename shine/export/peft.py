@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
+from shine.config import parse
 from shine.export.ranks import padded
 from shine.files import may_replace, written_beside
 from shine.fingerprint import Fingerprint, fingerprint
 from shine.lora import LoRA
+from shine.provenance import Provenance
 from shine.zoo import load_model, load_tokenizer, resolve, without_progress_bars
 
 CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE, README_FILE = (
@@ -148,6 +150,21 @@ def write_merged(lora: LoRA, directory: str | Path, *, backbone: str, dtype: tor
             model.generation_config.save_pretrained(beside)
         _write_json(beside / PROVENANCE_FILE, {"contexts": [asdict(span) for spans in lora.provenance for span in spans]})
     return folder
+
+
+def read_contexts(directory: Path) -> list[dict[str, Any]]:
+    """What `write_peft` and `write_merged` noted of where an adapter comes from: the fields of `shine.provenance.Provenance`.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    file = directory / PROVENANCE_FILE
+    try:
+        contexts = json.loads(file.read_text(encoding="utf-8"))["contexts"]
+        return [asdict(parse(Provenance, context)) for context in contexts]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{file}: its record of the context cannot be read ({reason}); export the adapter again") from None
 
 
 def _write_json(file: Path, values: object) -> None:
