@@ -50,10 +50,12 @@ class Session:
     Attributes:
         talks: the conversation with the three methods; ``None`` before a context is encoded.
         shown: the messages of each method.
+        archive: the adapter as it can be downloaded now.
     """
 
     talks: SideBySide | None = None
     shown: dict[str, list[Message]] = field(default_factory=lambda: {name: [] for name in METHODS})
+    archive: Path | None = None
 
 
 class Page:
@@ -106,6 +108,9 @@ class Page:
         write_peft(lora, place / "adapter" / "peft", backbone=self.shine.config.path)
         archive = shutil.make_archive(str(place / "adapter"), "zip", root_dir=place / "adapter")
         shutil.rmtree(place / "adapter")
+        if session.archive is not None:
+            shutil.rmtree(session.archive.parent, ignore_errors=True)
+        session.archive = Path(archive)
         return gr.DownloadButton(value=archive, interactive=True)
 
     def ask(self, session: Session, question: str, strength: float) -> Iterator[tuple[Any, ...]]:
@@ -126,7 +131,7 @@ class Page:
         """Forget what was said, keep the adapter."""
         if session.talks is not None:
             session.talks.reset()
-        fresh = Session(session.talks)
+        fresh = Session(session.talks, archive=session.archive)
         return fresh, *fresh.shown.values()
 
 

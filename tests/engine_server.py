@@ -44,6 +44,7 @@ class EngineServer:
     Attributes:
         updating: whether adapters may be loaded while it runs; vLLM has no such routes otherwise.
         failing: what every request gets instead, as (status, body); ``None`` where it works.
+        refusal: status and type with which this release of vLLM refuses what it cannot load.
         field: how this release of SGLang calls the weights it is sent.
         requests: (path, body) of all that was posted.
     """
@@ -51,6 +52,7 @@ class EngineServer:
     def __init__(self, kind: Literal["vllm", "sglang"], *, max_rank: int = 16, key: str | None = None) -> None:
         self.kind, self.max_rank, self.key = kind, max_rank, key
         self.updating, self.failing, self.delay = True, None, 0.0
+        self.refusal = (400, "BadRequestError")
         self.field = "serialized_named_tensors"
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.adapters: dict[str, str] = {}
@@ -102,8 +104,7 @@ def _vllm(server: EngineServer, path: str, body: dict[str, Any]) -> tuple[int, A
     if not (Path(folder) / "adapter_config.json").exists():
         return _vllm_error(404, "NotFoundError", f"Loading lora {name} failed: No adapter found for {folder}")
     problem = server.load(name, *_read(folder), folder)
-    # Releases differ in the status: 400 BadRequestError earlier, 500 InternalServerError now.
-    return _vllm_error(400, "BadRequestError", problem) if problem else (200, f"Success: LoRA adapter '{name}' added successfully.")
+    return _vllm_error(*server.refusal, problem) if problem else (200, f"Success: LoRA adapter '{name}' added successfully.")
 
 
 def _sglang(server: EngineServer, path: str, body: dict[str, Any]) -> tuple[int, Any]:

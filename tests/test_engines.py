@@ -316,9 +316,10 @@ def test_an_adapter_that_the_server_refuses_is_not_left_on_disk(
 ) -> None:
     register = ("serve-adapter", "register", notes, *at(server), "-o", tmp_path / "served", *MODEL)
     server.max_rank = 1
-    told = refused(*register)
-    assert "rank 2" in told
-    assert not list((tmp_path / "served").iterdir())
+    # Earlier releases of vLLM say 400, later ones 500.
+    for server.refusal in ((400, "BadRequestError"), (500, "InternalServerError")):
+        assert "rank 2" in refused(*register)
+        assert not list((tmp_path / "served").iterdir())
     # What the server would refuse is known before, where it is told.
     assert "more than the server's 1" in refused(*register, "--server-rank", 1)
     server.max_rank = 16

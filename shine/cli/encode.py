@@ -11,6 +11,7 @@ from shine.cli.models import (
     add_document_options,
     add_format_options,
     add_strength_option,
+    check_format_options,
     describe,
     encode_document,
     load_shine,
@@ -51,6 +52,7 @@ curl -s https://example.org/page.txt | shine encode - --model checkpoints/mine/t
 
 
 def _encode(args: argparse.Namespace) -> None:
+    check_format_options(args)
     documents = read_inputs(args.inputs, args)
     from shine.checkpoint import output_folder
     from shine.lora import LoRA

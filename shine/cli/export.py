@@ -11,6 +11,7 @@ from shine.cli.models import (
     add_format_options,
     add_json_option,
     add_strength_option,
+    check_format_options,
     positive,
     print_json,
     strong,
@@ -94,6 +95,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _refuse_contradictions(args: argparse.Namespace) -> None:
+    check_format_options(args)
     if args.output is None and args.check is None:
         raise ValueError("nowhere to write: give --output FOLDER (or --check ENGINE, to be told only)")
     if args.merge and args.format != "peft":

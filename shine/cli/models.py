@@ -151,13 +151,17 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def check_format_options(args: argparse.Namespace) -> None:
+    """Refuse what `add_format_options` lets be said but cannot be meant."""
+    if args.base and args.format != "gguf":
+        raise ValueError("--base is for the Modelfile of --format gguf: leave it out, or give that format")
+
+
 def write_format(lora: LoRA, folder: Path, args: argparse.Namespace, *, backbone: str, dtype: torch.dtype | None = None) -> None:
     """Write one adapter in the ``--format`` that was asked for."""
     from shine.export.gguf import BASE, backbone_config, write_gguf
     from shine.export.peft import write_peft
 
-    if args.base and args.format != "gguf":
-        raise ValueError("--base is for the Modelfile of --format gguf: leave it out, or give that format")
     if args.format == "shine":
         lora.save(folder)
     elif args.format == "peft":
