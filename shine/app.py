@@ -71,23 +71,24 @@ class Page:
         """
         self.shine, self.folder, self.reading, self.encoding = shine, folder, dict(reading), encoding
 
-    def read(self, file: str) -> str:
+    def read(self, file: str) -> Any:
         """The text of an uploaded file."""
         try:
             return read_document(Path(file), encoding=self.encoding).text
         except ValueError as error:
             # Without the place where the upload lies, which says nothing to a visitor.
-            raise _shown(str(error).replace(f"{Path(file).parent}/", "")) from None
+            return _refuse(str(error).replace(f"{Path(file).parent}/", ""), 1)[0]
 
-    def encode(self, text: str) -> tuple[Session, str, Any]:
-        """Encode what is in the box: a new session, what to say of it, and the download."""
+    def encode(self, text: str) -> tuple[Any, ...]:
+        """Encode what is in the box: a new session, what to say of it, the download, strength one, no conversations."""
+        outputs = 4 + len(METHODS)
         if len(text) > LARGEST:
-            raise _shown(f"more than {LARGEST:,} characters of text: give the part that matters")
+            return _refuse(f"more than {LARGEST:,} characters of text: give the part that matters", outputs)
         started = time.perf_counter()
         try:
             lora = self.shine.encode(text, **self.reading)
         except ValueError as error:
-            raise _shown(str(error)) from None
+            return _refuse(str(error), outputs)
         seconds = time.perf_counter() - started
         context = lora.provenance[0][0].context
         values = sum(a.numel() + b.numel() for a, b in lora.values())
@@ -96,7 +97,7 @@ class Page:
             *(f"Note: {line}" for line in remarks(lora)),
         ]
         session = Session(SideBySide(self.shine, lora, text))
-        return session, "\n\n".join(lines), self.download(session, 1.0)
+        return session, "\n\n".join(lines), self.download(session, 1.0), 1.0, *session.shown.values()
 
     def download(self, session: Session, strength: float) -> Any:
         """The adapter at this strength as a zip: as SHINE keeps it, and for PEFT."""
@@ -115,10 +116,10 @@ class Page:
 
     def ask(self, session: Session, question: str, strength: float) -> Iterator[tuple[Any, ...]]:
         """Put a question to the three methods: the session, the box and each conversation, as answers come."""
-        if session.talks is None:
-            raise _shown("there is no adapter yet: give a context and encode it")
-        if not question.strip():
-            raise _shown("there is no question")
+        if session.talks is None or not question.strip():
+            missing = "there is no adapter yet: give a context and encode it" if session.talks is None else "there is no question"
+            yield _refuse(missing, 2 + len(METHODS))
+            return
         for messages in session.shown.values():
             messages.append({"role": "user", "content": _plain(question.strip())})
         yield session, "", *session.shown.values()
@@ -163,11 +164,15 @@ def build(page: Page, *, text: str = "") -> gr.Blocks:
                     ask = gr.Button("Ask", variant="primary", size="md", scale=1, min_width=90, elem_id="ask")
                     again = gr.Button("Start over", size="md", scale=1, min_width=110, elem_id="reset")
         upload.upload(page.read, upload, context)
-        gr.on([encode.click], page.encode, context, [session, facts, download]).success(
-            lambda: (1.0, *([] for _ in METHODS)), None, [strength, *talks]
-        )
+        encode.click(page.encode, context, [session, facts, download, strength, *talks], show_progress_on=[facts])
         strength.release(page.download, [session, strength], download)
-        gr.on([ask.click, question.submit], page.ask, [session, question, strength], [session, question, *talks])
+        gr.on(
+            [ask.click, question.submit],
+            page.ask,
+            [session, question, strength],
+            [session, question, *talks],
+            show_progress="hidden",
+        )
         again.click(page.reset, session, [session, *talks])
     return blocks
 
@@ -199,9 +204,10 @@ def _chatbot(name: str, about: str) -> gr.Chatbot:
     return gr.Chatbot(label=f"{TITLES[name]}: {about}", height=540, min_width=0, elem_id=name, buttons=[], placeholder=empty)
 
 
-def _shown(message: str) -> gr.Error:
-    """An error as a note on the page, not as a trace on the terminal."""
-    return gr.Error(message, title="That cannot be done", print_exception=False, duration=10)
+def _refuse(message: str, outputs: int) -> tuple[Any, ...]:
+    """Tell the visitor, and leave so many components as they are; an exception would write "Error" across each of them."""
+    gr.Warning(message, title="That cannot be done", duration=10)
+    return tuple(gr.skip() for _ in range(outputs))
 
 
 def _plain(text: str) -> str:
