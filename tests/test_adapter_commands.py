@@ -507,7 +507,7 @@ def test_an_installed_shine_runs_what_the_readme_says(tmp_path: Path) -> None:
     """``pip install .`` into an environment of its own, which borrows the libraries of this one; then the commands, in a shell."""
     root = Path(__file__).resolve().parent.parent
     shutil.copytree(root, tmp_path / "clone", ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "outputs"))
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     site = subprocess.run(
         [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
