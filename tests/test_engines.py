@@ -48,34 +48,6 @@ def server(request: pytest.FixtureRequest) -> Iterator[EngineServer]:
         yield running
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """A command that must succeed; what it printed."""
-
-    def call(*arguments: object) -> str:
-        capsys.readouterr()
-        assert main([str(argument) for argument in arguments]) == 0, capsys.readouterr().err
-        return capsys.readouterr().out
-
-    return call
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """A command that must end with exit code 2 and one line; that line."""
-
-    def call(*arguments: object) -> str:
-        capsys.readouterr()
-        assert main([str(argument) for argument in arguments]) == 2
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        assert printed.err.startswith("error: ")
-        assert printed.err.count("\n") == 1, printed.err
-        return printed.err
-
-    return call
-
-
 def at(server: EngineServer) -> tuple[str, ...]:
     return ("--engine", server.kind, "--server", server.address)
 

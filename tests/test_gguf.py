@@ -18,7 +18,6 @@ from transformers import MistralConfig
 from shine import zoo
 from shine.backbone import Backbone
 from shine.chat import Message, encode_conversation, encode_prompt, stop_ids
-from shine.cli.main import main
 from shine.config import BackboneConfig, TaskTokens
 from shine.export import gguf
 from shine.export.gguf import ADAPTER_FILE, CONTEXTS_KEY, MODELFILE, modelfile, write_gguf
@@ -139,29 +138,12 @@ def test_a_place_that_cannot_be_written_is_an_error_that_names_it(make_backbone:
 # --- from the command line ----------------------------------------------------------------------------------------------
 
 
-def command(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
-    """What a command printed: on standard error, in one line, where it was refused."""
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == code
-    printed = capsys.readouterr()
-    assert code == 0 or (printed.out == "" and printed.err.count("\n") == 1)
-    return printed.err if code else printed.out
-
-
 MODEL = ("--model", "cpu-world", "--device", "cpu")
 
 
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return Shine.from_pretrained("cpu-world", device="cpu").encode("Zoran works as a baker.").save(tmp_path / "adapter")
-
-
-def test_the_command_line_writes_what_the_library_does(
-    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], make_backbone: Callable[..., Backbone]
-) -> None:
-    command(capsys, "export", adapter, "--format", "gguf", "--base", "../model.gguf", "--strength", 0.5, "-o", tmp_path / "one")
-    (tmp_path / "notes.txt").write_text("Zoran works as a baker.")
-    command(capsys, "encode", tmp_path / "notes.txt", "--format", "gguf", "-o", tmp_path / "two", *MODEL)
+def test_the_command_line_writes_what_the_library_does(adapter: Path, tmp_path: Path, run: Callable[..., str]) -> None:
+    run("export", adapter, "--format", "gguf", "--base", "../model.gguf", "--strength", 0.5, "-o", tmp_path / "one")
+    run("encode", tmp_path / "notes.txt", "--format", "gguf", "-o", tmp_path / "two", *MODEL)
     lora = LoRA.load(adapter)
     for folder, strength, base in (("one", 0.5, "../model.gguf"), ("two", 1.0, "./backbone.gguf")):
         _, tensors = read(tmp_path / folder)
@@ -172,10 +154,10 @@ def test_the_command_line_writes_what_the_library_does(
         assert (tmp_path / folder / MODELFILE).read_text().startswith(f"FROM {base}\nADAPTER ./adapter.gguf\n")
 
 
-def test_several_adapters_and_their_sum(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_adapters_and_their_sum(adapter: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     other = LoRA.load(adapter).scale(2.0).save(tmp_path / "other")
-    command(capsys, "export", adapter, other, "--format", "gguf", "-o", tmp_path / "apart")
-    command(capsys, "export", adapter, other, "--format", "gguf", "--join", "-o", tmp_path / "sum")
+    run("export", adapter, other, "--format", "gguf", "-o", tmp_path / "apart")
+    run("export", adapter, other, "--format", "gguf", "--join", "-o", tmp_path / "sum")
     names = "blk.0.attn_v.weight.lora_b", "blk.0.attn_v.weight.lora_a"
     parts = [read(tmp_path / "apart" / name)[1] for name in ("adapter", "other")]
     fields, whole = read(tmp_path / "sum")
@@ -184,7 +166,7 @@ def test_several_adapters_and_their_sum(adapter: Path, tmp_path: Path, capsys: p
 
 
 def test_the_command_line_refuses_in_one_line_and_leaves_nothing(
-    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    adapter: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     other, nowhere = tmp_path / "other", tmp_path / "nowhere"
     tiny_model().save_pretrained(other)
@@ -203,7 +185,7 @@ def test_the_command_line_refuses_in_one_line_and_leaves_nothing(
         (("export", adapter, "--base", "x", "-o", tmp_path / "out"), "--base is for the Modelfile"),
         (("export", tmp_path / "none", "--format", "gguf", "-o", tmp_path / "out"), "no adapter there"),
     ):
-        assert re.search(about, command(capsys, *arguments, code=2)), arguments
+        assert re.search(about, refused(*arguments)), arguments
     assert sorted(tmp_path.iterdir()) == before
 
 
