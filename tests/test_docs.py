@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from benchmarks import adapters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,3 +57,14 @@ def test_the_sizes_of_adapters_follow_from_the_shapes() -> None:
 def test_the_table_is_what_its_program_computes() -> None:
     text = (ROOT / "docs" / "adapters.md").read_text()
     assert adapters.table([adapters.computed("Qwen3-0.6B", 8)]).splitlines()[-1] in text.splitlines()
+
+
+@pytest.mark.parametrize(("page", "printed"), [("README.md", ""), ("docs/adapters.md", "Selkirk")])
+def test_the_python_of_the_pages_runs(
+    page: str, printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = (ROOT / page).read_text().split("```python\n", 1)[1].split("```", 1)[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, page, "exec"), {})
+    assert capsys.readouterr().out.startswith(printed)
+    assert len(list((tmp_path / "adapters").iterdir())) == 1
