@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import gradio as gr
 
@@ -124,7 +124,7 @@ class Page:
             messages.append({"role": "user", "content": _plain(question.strip())})
         yield session, "", *session.shown.values()
         for told in session.talks.ask(question.strip(), strength=strength):
-            said = _plain(told.text + (" …" if told.cut else "") or "(nothing)")
+            said = _plain(f"{told.text} …" if told.cut else told.text or "(nothing)")
             session.shown[told.method].append({"role": "assistant", "content": f"{said}<br><small>{told.seconds:.2f} s</small>"})
             yield session, "", *session.shown.values()
 
@@ -177,8 +177,8 @@ def build(page: Page, *, text: str = "") -> gr.Blocks:
     return blocks
 
 
-def serve(page: Page, *, host: str, port: int, text: str = "", wait: bool = True) -> str:
-    """Serve the page; the address. With ``wait`` only once it is stopped (Ctrl-C).
+def serve(page: Page, *, host: str, port: int, text: str = "") -> NoReturn:
+    """Serve the page until the process is stopped (Ctrl-C).
 
     Raises:
         ValueError: the port is taken.
@@ -192,11 +192,9 @@ def serve(page: Page, *, host: str, port: int, text: str = "", wait: bool = True
         )
     except OSError as error:
         raise ValueError(f"{host}:{port} cannot be served ({error}); choose another --port") from None
-    if wait:
-        print(f"SHINE is at {address} (Ctrl-C ends it)", flush=True)
-        while True:
-            time.sleep(3600)
-    return address
+    print(f"SHINE is at {address} (Ctrl-C ends it)", flush=True)
+    while True:
+        time.sleep(3600)
 
 
 def _chatbot(name: str, about: str) -> gr.Chatbot:
@@ -212,7 +210,8 @@ def _refuse(message: str, outputs: int) -> tuple[Any, ...]:
 
 def _plain(text: str) -> str:
     """Words as they are: what looks like Markdown or HTML in them is not meant so."""
-    return "".join(letter if letter.isalnum() or letter in " .,:;!?'" else f"&#{ord(letter)};" for letter in text)
+    escaped = (letter if letter.isalnum() or letter in " .,:;!?'\n" else f"&#{ord(letter)};" for letter in text)
+    return "".join(escaped).replace("\n", "<br>")
 
 
 def _size(count: int) -> str:

@@ -208,8 +208,9 @@ def test_a_file_is_opened_and_what_is_wrong_is_shown(page: Any, tmp_path: Path) 
 @pytest.mark.slow
 def test_words_that_look_like_html_are_words(page: Any) -> None:
     encode(page)
-    ask(page, "<img src=x onerror=alert(1)> *Who*?", turn=0)
-    assert page.locator("#shine .user.message").first.inner_text().strip() == "<img src=x onerror=alert(1)> *Who*?"
+    asked = "<img src=x onerror=alert(1)> *Who*? $x_1$"
+    ask(page, asked, turn=0)
+    assert page.locator("#shine .user.message").first.inner_text().strip() == asked
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -214,6 +216,15 @@ def test_sglang_is_sent_the_weights_themselves(
         assert "vLLM loads adapters from folders only" in told
 
 
+def test_a_text_from_standard_input(
+    server: EngineServer, tmp_path: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    name = run("serve-adapter", "register", "-", *at(server), "-o", tmp_path / "served", *MODEL).strip()
+    assert name.startswith("standard-input-")
+    assert run("serve-adapter", "ask", name, *at(server), "-q", QUESTION) == "baker\n"
+
+
 def test_another_model_on_the_server_is_noted(
     server: EngineServer, notes: Path, tmp_path: Path, run: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -341,5 +352,10 @@ def test_what_is_asked_in_vain_is_said(notes: Path, tmp_path: Path, refused: Cal
     assert "say how the server gets the weights" in refused(*register, notes)
     assert "no such file" in refused(*register, tmp_path / "none.txt", "-o", tmp_path / "served")
     assert "is no address of a server" in refused("serve-adapter", "list", "--engine", "vllm", "--server", "localhost:8000")
+    lora = Shine.from_pretrained("cpu-world", device="cpu").encode(TEXT)
+    LoRA(lora.weights).save(tmp_path / "unknown")
+    with engine_server("vllm") as server:
+        told = refused("serve-adapter", "register", "--adapter", tmp_path / "unknown", *at(server), "-o", tmp_path / "served")
+    assert "does not say which one backbone it is for: give --backbone" in told
     notes.write_bytes(b"\0\1")
     assert "a binary file" in refused(*register, notes, "-o", tmp_path / "served", *MODEL)

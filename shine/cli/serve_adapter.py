@@ -22,6 +22,7 @@ from shine.cli.models import (
 )
 
 if TYPE_CHECKING:
+    from shine.documents import Document
     from shine.export.server import Server
     from shine.lora import LoRA
 
@@ -100,7 +101,7 @@ def _register(args: argparse.Namespace) -> None:
     server = _connect(args)
     # Before anything is encoded: a server that is down is known at once.
     models = server.models()
-    stem, lora, backbone = _adapter(args)
+    stem, lora, backbone = _encoded(documents[0], args) if documents else _from_disk(args)
     lora = strong(lora, args.strength)
     name = args.name or _name(stem, lora)
     modules = {path.rsplit(".", 1)[-1] for path in lora}
@@ -126,22 +127,26 @@ def _name(stem: str, lora: LoRA) -> str:
     return name_for(stem, lora)
 
 
-def _adapter(args: argparse.Namespace) -> tuple[str, LoRA, str]:
-    """What to call it, the adapter, and the backbone it is for."""
-    from shine.lora import LoRA
-
-    if args.adapter is not None:
-        lora = LoRA.load(args.adapter)
-        names = {span.backbone.name for spans in lora.provenance for span in spans}
-        if args.max_rank is not None and lora.rank > args.max_rank:
-            lora, share = lora.reduce(args.max_rank)
-            print(f"note: reduced to rank {lora.rank}, {share:.1%} of the update (squared norm) is kept", file=sys.stderr)
-        return Path(args.adapter).absolute().name, lora, args.backbone or (names.pop() if len(names) == 1 else "")
+def _encoded(document: Document, args: argparse.Namespace) -> tuple[str, LoRA, str]:
+    """What to call an adapter, the adapter, and the backbone it is for."""
     if args.model is None:
         raise ValueError("a text is encoded by a hypernetwork: give --model CHECKPOINT")
-    (document,) = read_inputs([args.text], args)
     shine = load_shine(args)
     return Path(document.name).stem, encode_document(shine, document, args), shine.config.path
+
+
+def _from_disk(args: argparse.Namespace) -> tuple[str, LoRA, str]:
+    """As `_encoded`, of an adapter that is there."""
+    from shine.lora import LoRA
+
+    lora = LoRA.load(args.adapter)
+    names = {span.backbone.name for spans in lora.provenance for span in spans}
+    if args.backbone is None and len(names) != 1:
+        raise ValueError(f"{args.adapter}: does not say which one backbone it is for: give --backbone")
+    if args.max_rank is not None and lora.rank > args.max_rank:
+        lora, share = lora.reduce(args.max_rank)
+        print(f"note: reduced to rank {lora.rank}, {share:.1%} of the update (squared norm) is kept", file=sys.stderr)
+    return Path(args.adapter).absolute().name, lora, args.backbone or names.pop()
 
 
 def _write_and_load(server: Server, name: str, lora: LoRA, folder: Path, args: argparse.Namespace, *, backbone: str) -> str:
