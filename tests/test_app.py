@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -76,15 +78,20 @@ def test_what_cannot_be_served_is_one_line(
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The page, served by the command itself."""
     pytest.importorskip("gradio", reason=f"Gradio is {EXTRA}", exc_type=ImportError)
-    text = tmp_path_factory.mktemp("page") / "notes.txt"
+    folder = tmp_path_factory.mktemp("page")
+    text = folder / "notes.txt"
     text.write_text(TEXT)
     command = [sys.executable, "-m", "shine.cli.main", "app", "--model", "cpu-world", "--device", "cpu", "--context", str(text)]
-    with subprocess.Popen([*command, "--port", str(free_port())], stdout=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    with subprocess.Popen([*command, "--port", str(free_port())], stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         found = re.search(r"http://\S+", process.stdout.readline())
         assert found is not None
         yield found[0]
         process.terminate()
+    # What was written for visitors is gone.
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not list(folder.glob("shine-app-*"))
 
 
 def free_port() -> int:
