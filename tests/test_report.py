@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics as exact
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,17 @@ import torch
 from conftest import tiny_hypernetwork_config, tiny_model, tiny_tokenizer
 from matplotlib import image
 from test_evaluation import evaluation_config, write_examples
+from test_scores import timed_methods
 
 from shine.backbone import Backbone
 from shine.checkpoint import CheckpointInfo, save_hypernetwork
 from shine.cli.main import main
 from shine.config import BackboneConfig, FineTuningConfig, StageConfig
+from shine.evaluation import plots
+from shine.evaluation.report import Run
 from shine.evaluation.results import PREDICTIONS_FILE, SUMMARY_FILE, read_jsonl
 from shine.evaluation.run import evaluate
+from shine.evaluation.scores import compare_methods
 from shine.hypernetwork import Hypernetwork
 
 METHODS = ("shine", "in_context", "only_question")
@@ -44,7 +50,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "second": replace(first, max_new_tokens=2),
         "talks": replace(first, stage=replace(stage, name="mqa")),
         "texts": replace(first, stage=replace(stage, name="pretrain")),
-        "texts_of_others": replace(first, stage=replace(stage, name="pretrain", context_length=30)),
+        "texts_cut": replace(first, stage=replace(stage, name="pretrain", context_length=30)),
+        "texts_asked_otherwise": replace(
+            first, stage=replace(stage, name="pretrain"), prompts=replace(first.prompts, repeat="Again!", complete="Go on!")
+        ),
         "sweep": replace(first, methods=("shine", "fine_tuning"), fine_tuning=tuning),
     }
     folders = {name: folder / name for name in configs}
@@ -118,11 +127,11 @@ def test_two_runs_are_compared_context_by_context(results: dict[str, Path], tmp_
 
 def test_texts_given_back_are_compared_by_loss_and_prefix(results: dict[str, Path], tmp_path: Path) -> None:
     """The difference in nats a token, each text weighing as many tokens as it has."""
-    main(["report", str(results["texts"]), str(results["texts_of_others"]), "--output", str(tmp_path / "report")])
+    main(["report", str(results["texts"]), str(results["texts_asked_otherwise"]), "--output", str(tmp_path / "report")])
     figures = json.loads((tmp_path / "report" / "report.json").read_text())
     found = {(row["method"], row["task"], row["score"]): row["difference"]["value"] for row in figures["comparisons"]}
     assert len(found) == 3 * 2 * 2
-    runs = [read_jsonl(results[name] / PREDICTIONS_FILE) for name in ("texts", "texts_of_others")]
+    runs = [read_jsonl(results[name] / PREDICTIONS_FILE) for name in ("texts", "texts_asked_otherwise")]
     for method, task, score in found:
         mine = [[row for row in rows if (row["method"], row["task"]) == (method, task)] for rows in runs]
         if score == "loss":
@@ -132,6 +141,66 @@ def test_texts_given_back_are_compared_by_loss_and_prefix(results: dict[str, Pat
         assert found[method, task, score] == pytest.approx(means[1] - means[0], abs=1e-9)
     shown = table((tmp_path / "report" / "report.md").read_text(), "Differences between runs")[1:]
     assert [cells[4] for cells in shown[:2]] == ["loss, nats a token (reconstruct)", "exact prefix (reconstruct)"]
+
+
+def test_runs_that_were_asked_other_things_are_not_compared(results: dict[str, Path], tmp_path: Path) -> None:
+    """The ids are the same, the contexts are cut elsewhere: a paired difference would be none."""
+    main(["report", str(results["texts"]), str(results["texts_cut"]), "--output", str(tmp_path / "report")])
+    figures = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert figures["comparisons"] == []
+    assert figures["not_compared"] == [{"from": "texts", "to": "texts_cut", "source": "mine"}]
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "texts and texts_cut are not compared on mine: they were not asked the same there" in page
+    assert "## Differences between runs" not in page
+
+
+def test_methods_are_compared_on_the_page(results: dict[str, Path], tmp_path: Path) -> None:
+    """The first method against each other: F1 of answers; loss, in nats a token, and exact prefix of texts given back."""
+    main(["report", str(results["first"]), str(results["texts"]), "--output", str(tmp_path / "report")])
+    page = (tmp_path / "report" / "report.md").read_text()
+    rows = read_jsonl(results["first"] / PREDICTIONS_FILE)
+    for cells, other in zip(table(page, "Differences between methods, F1")[1:], METHODS[1:], strict=True):
+        gap = mean(rows, "shine", "f1") - mean(rows, other, "f1")
+        assert cells[3].startswith(f"{gap:+.1f} [")
+    rows = read_jsonl(results["texts"] / PREDICTIONS_FILE)
+    found = table(page, "Differences between methods, texts given back")[1:]
+    assert [cells[2] for cells in found] == ["SHINE − In-Context"] * 2 + ["SHINE − Only Question"] * 2
+    for cells, (other, task) in zip(found, product(METHODS[1:], ("reconstruct", "complete")), strict=True):
+        mine, theirs = ([row for row in rows if (row["method"], row["task"]) == (name, task)] for name in ("shine", other))
+        losses = [sum(r["loss"] * r["tokens"] for r in side) / sum(r["tokens"] for r in side) for side in (mine, theirs)]
+        assert cells[4].startswith(f"{losses[0] - losses[1]:+.3f} [")
+        prefixes = [100 * exact.mean(r["exact_prefix"] for r in side) for side in (mine, theirs)]
+        assert cells[5].startswith(f"{prefixes[0] - prefixes[1]:+.1f} [")
+
+
+def test_pays_from_is_counted_from_the_times(results: dict[str, Path], tmp_path: Path) -> None:
+    """Real times say nothing here, so the folder is given some: 1 s to encode, 0.1 s a question against 0.35 s in context."""
+    folder = tmp_path / "timed"
+    shutil.copytree(results["first"], folder)
+    summary = json.loads((folder / SUMMARY_FILE).read_text())
+    found = summary["sources"]["mine"]
+    found |= compare_methods({}, timed_methods(encode=1.0, shine=0.1, in_context=0.35))
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary))
+    main(["report", str(folder), "--output", str(tmp_path / "report")])
+    head, *scored = table((tmp_path / "report" / "report.md").read_text(), "Scores, shares and costs")
+    assert [dict(zip(head, cells, strict=True))["pays from"] for cells in scored] == ["4", "", ""]
+
+
+def test_every_line_of_a_picture_is_told_from_the_others(results: dict[str, Path]) -> None:
+    """Eight fine-tunings in two runs: no two look alike, and each is named in some panel, none where all are named already."""
+    methods = [f"fine_tuning:{count}x{epochs}" for count in (0, 4) for epochs in (5, 10, 20, 40)]
+    halves = [("shine", *methods[:4]), ("shine", *methods[4:])]
+    runs = [Run(str(n), {"sources": {"s": {"methods": dict.fromkeys(half)}}}, []) for n, half in enumerate(halves)]
+    styles = plots._styles([(run, "s") for run in runs])
+    assert set(styles) == {"shine", *methods}
+    assert len({styles[method] for method in methods}) == 8
+    figure, grid = plots._grid(3)
+    for axes, half in zip(grid, (*halves, halves[0]), strict=True):
+        for method in half:
+            axes.plot([0, 1], [0, 1], styles[method], label=method)
+    plots._legends(grid)
+    assert [axes.get_legend() is not None for axes in grid] == [True, True, False]
+    plots.plt.close(figure)
 
 
 def test_pictures_are_drawn_for_what_there_is(results: dict[str, Path], tmp_path: Path) -> None:

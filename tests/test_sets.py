@@ -98,15 +98,16 @@ def test_the_published_table_is_one_word_and_sets_can_be_listed(data: Path, scor
     assert list(configured("test", "sets=squad_lengths").data.test) == ["squad", "squad_512", "squad_1k", "squad_2k"]
 
 
-def test_yes_and_no_are_scored_by_hotpotqas_rule_where_it_is_hotpotqa(
+def test_yes_and_no_are_scored_by_hotpotqas_rule_where_it_is_hotpotqa_or_2wiki(
     data: Path, score: Score, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An answer that begins as the gold one does is half right on SQuAD, and nothing on HotpotQA."""
+    """An answer that begins as the gold one does is half right on SQuAD, and nothing on HotpotQA and 2WikiMultihopQA."""
     lay_out(data)
     squad_folder(data / "squad" / "plain_text", answers=[{"text": ["no"], "answer_start": [0]}] * 3)
     monkeypatch.setattr("shine.evaluation.methods.clean_answer", lambda text: "no, never")
-    _, rows = score("test", "sets=[squad,hotpotqa]")
-    assert {row["source"]: row["f1"] for row in rows} == {"squad": pytest.approx(2 / 3), "hotpotqa": 0.0}
+    parquet(data / "2WikiMultihopQA", "validation", **{**HOTPOT, "answer": ["no"]})
+    _, rows = score("test", "sets=[squad,hotpotqa,2wiki]")
+    assert {row["source"]: row["f1"] for row in rows} == {"squad": pytest.approx(2 / 3), "hotpotqa": 0.0, "2wiki": 0.0}
 
 
 @pytest.mark.parametrize("name", ["msmarco_mqa", "mqa_collection"])

@@ -23,6 +23,7 @@ from shine.evaluation.methods import Asked, Method, Speaker
 from shine.lora import LoRA
 
 FOLDS = 2
+"""LoRAs of a context whose own questions are learned: one of the even turns, to answer the odd ones, and one of the odd turns."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,6 @@ class Lessons:
             )
         return found
 
-    @property
-    def folds(self) -> int:
-        """How many LoRAs a context needs."""
-        return FOLDS if self.of is None else 1
-
 
 class FineTuned(Method):
     """A LoRA trained on the context and on ``count`` conversations about it; then the question alone, as SHINE is asked."""
@@ -74,21 +70,45 @@ class FineTuned(Method):
         super().__init__(name, speaker)
         self.config, self.count, self.epochs, self.lessons = config, count, epochs, lessons
 
+        self._first: list[int] = []
+
     def place(self, asked: Asked) -> int:
-        folds = self.lessons.folds
-        return asked.context * folds + asked.turn % folds
+        return self._first[asked.context] + asked.turn % len(self.folds(self.examples[asked.context]))
 
     def task_question(self, token: str, words: str) -> str:
         return words
 
+    def folds(self, example: Example) -> range:
+        """The LoRAs of a context by what they may learn: one, unless its own questions are learned, half of them for the others."""
+        return range(min(FOLDS, max(len(example.turns), 1)) if self.count and self.lessons.of is None else 1)
+
     def adapters(self) -> LoRA:
-        loras = [self._train(example, fold) for example in self.examples for fold in range(self.lessons.folds)]
-        return LoRA.stack(loras)
+        folds = [self.folds(example) for example in self.examples]
+        self._first = [0, *itertools.accumulate(map(len, folds))]
+        return LoRA.stack([self._train(example, fold) for example, mine in zip(self.examples, folds, strict=True) for fold in mine])
+
+    def conversations(self, example: Example, fold: int) -> list[tuple[Turn, ...]]:
+        """What the LoRA of ``fold`` learns beside the text: ``count`` conversations, or as many as there are."""
+        return self.lessons.conversations(example, fold)[: self.count] if self.count else []
+
+    def learned(self, source: str, examples: Sequence[Example]) -> dict[str, float]:
+        """How many conversations the LoRAs of a set really learn: the number wanted, the fewest, and the mean.
+
+        Raises:
+            ValueError: there is none to learn about any context, so that this would be fine-tuning on the text alone.
+        """
+        found = [len(self.conversations(example, fold)) for example in examples for fold in self.folds(example)]
+        if self.count and not any(found):
+            raise ValueError(
+                f"fine_tuning.conversations={self.count}: no context of {source} has a second question that could be learned; name "
+                "conversations about these contexts in fine_tuning.source, or learn the text alone: fine_tuning.conversations=[0]"
+            )
+        return {"wanted": self.count, "fewest": min(found), "mean": sum(found) / len(found)}
 
     def samples(self, example: Example, fold: int) -> list[Sample]:
         """What one LoRA learns: the context given back, then the conversations."""
         learned: list[tuple[Turn, ...]] = [(Turn(self.speaker.prompts.repeat, (example.context,)),)]
-        learned += self.lessons.conversations(example, fold)[: self.count]
+        learned += self.conversations(example, fold)
         samples = []
         for turns in learned:
             messages = [m for turn in turns for m in (Message("user", turn.question), Message("assistant", turn.answer))]

@@ -62,6 +62,7 @@ class Method:
     Attributes:
         name: under which its predictions are kept.
         encoded: contexts made into adapters so far, so that "once, however many questions" can be checked.
+        made: adapters made so far; fine-tuning may make more than one of a context.
     """
 
     plain = False
@@ -69,7 +70,7 @@ class Method:
 
     def __init__(self, name: str, speaker: Speaker) -> None:
         self.name, self.speaker = name, speaker
-        self.encoded = 0
+        self.encoded = self.made = 0
         self.examples: list[Example] = []
         self.lora: LoRA | None = None
 
@@ -83,6 +84,7 @@ class Method:
             dtype = self.speaker.backbone.dtype
             lora = LoRA({path: (a.to(dtype), b.to(dtype)) for path, (a, b) in lora.items()})
             self.encoded += len(self.examples)
+            self.made += len(next(iter(lora.values()))[0])
         self.lora = lora
 
     def adapters(self) -> LoRA | None:
@@ -103,7 +105,7 @@ class Method:
 
     @property
     def adapter_bytes(self) -> int:
-        """Bytes of one context's adapter in the backbone's type; zero without one."""
+        """Bytes of one adapter in the backbone's type; zero without one."""
         if self.lora is None:
             return 0
         return sum(a[0].numel() * a.element_size() + b[0].numel() * b.element_size() for a, b in self.lora.values())

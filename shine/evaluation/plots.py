@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 COLORS = {"shine": "#d1495b", "in_context": "#30638e", "only_question": "#9aa5b1"}
 TUNED = "#edae49"
-DASHES = ("-", "--", ":", "-.")
+DASHES, MARKS = ("-", "--", ":", "-."), ("o", "s", "^")
 STAGE_COLORS = ("#30638e", "#edae49", "#d1495b")
 
 
@@ -111,25 +111,25 @@ def _panels(runs: Sequence[Run], key: str) -> list[tuple[Run, str]]:
 
 
 def _draw_grouped(panels: Sequence[tuple[Run, str]], key: str, label: str, path: Path) -> Path:
-    figure, grid = _grid(len(panels))
+    (figure, grid), styles = _grid(len(panels)), _styles(panels)
     for axes, (run, source) in zip(grid, panels, strict=True):
         for method, scores in run.summary["sources"][source]["methods"].items():
             groups = {int(bound): found for bound, found in scores[key].items()}
             bounds = sorted(groups)
             low, high = zip(*(groups[bound]["f1_interval"] for bound in bounds), strict=True)
             axes.fill_between(bounds, low, high, color=_color(method), alpha=0.15, linewidth=0)
-            axes.plot(bounds, [groups[b]["f1"] for b in bounds], _style(method), color=_color(method), label=title_of(method))
+            axes.plot(bounds, [groups[b]["f1"] for b in bounds], styles[method], color=_color(method), label=title_of(method))
             if key == "lengths":
                 axes.set_xticks(bounds)
         axes.set(xlabel=label, ylabel="F1, percent", title=f"{run.name}: {source}", ylim=(0, 103))
         if key == "turns":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    grid[0].legend(frameon=False, fontsize=8)
+    _legends(grid)
     return _save(figure, path)
 
 
 def _draw_recall(panels: Sequence[tuple[Run, str]], path: Path) -> Path:
-    figure, grid = _grid(2 * len(panels))
+    (figure, grid), styles = _grid(2 * len(panels)), _styles(panels)
     tasks = [(*panel, task) for panel in panels for task in ("reconstruct", "complete")]
     for axes, (run, source, task) in zip(grid, tasks, strict=True):
         for method, scores in run.summary["sources"][source]["methods"].items():
@@ -141,14 +141,14 @@ def _draw_recall(panels: Sequence[tuple[Run, str]], path: Path) -> Path:
             else:
                 axes.vlines(bounds, low, high, color=_color(method), alpha=0.3, linewidth=6)
             line = [groups[b]["perplexity"] for b in bounds]
-            axes.plot(bounds, line, _style(method), color=_color(method), label=title_of(method))
+            axes.plot(bounds, line, styles[method], color=_color(method), label=title_of(method))
             axes.set_xticks(bounds)
         axes.set(xlabel="tokens of the text, up to", ylabel="perplexity (band: p10 to p90)", title=f"{run.name}: {source}, {task}")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.tick_params(which="minor", labelsize=7)
-    grid[0].legend(frameon=False, fontsize=8)
+    _legends(grid)
     return _save(figure, path)
 
 
@@ -197,9 +197,22 @@ def _color(method: str) -> str:
     return COLORS.get(method, TUNED)
 
 
-def _style(method: str) -> str:
-    # Fine-tuning has several lines of one color.
-    return "o-" if method in COLORS else "o" + DASHES[sum(method.encode()) % len(DASHES)]
+def _styles(panels: Sequence[tuple[Run, str]]) -> dict[str, str]:
+    """A line style for each method of some panels: fine-tuning has several lines of one color, told apart by marks and dashes."""
+    found = dict.fromkeys(method for run, source in panels for method in run.summary["sources"][source]["methods"])
+    tuned = [method for method in found if method not in COLORS]
+    looks = {method: MARKS[n // len(DASHES) % len(MARKS)] + DASHES[n % len(DASHES)] for n, method in enumerate(tuned)}
+    return {method: looks.get(method, "o-") for method in found}
+
+
+def _legends(grid: Sequence[Axes]) -> None:
+    """A legend in each panel that has a method which none before it has named."""
+    named: set[str] = set()
+    for axes in grid:
+        labels = set(axes.get_legend_handles_labels()[1])
+        if labels - named:
+            axes.legend(frameon=False, fontsize=8)
+        named |= labels
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -71,32 +71,32 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     compared = compare(runs)
     pictures = plots.draw_runs(runs, output)
     page = output / REPORT_FILE
-    page.write_text("\n".join(_page(runs, compared, pictures)) + "\n", encoding="utf-8")
+    apart = unlike(runs)
+    page.write_text("\n".join(_page(runs, compared, apart, pictures)) + "\n", encoding="utf-8")
     figures = {
         "runs": {run.name: {**run.summary, "judges": list(run.judges)} for run in runs},
         "comparisons": [{**row, "difference": row["difference"].plain()} for row in compared],
+        "not_compared": apart,
     }
     (output / FIGURES_FILE).write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return page
 
 
 def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """How much each run is ahead of each named before it, method by method, on the contexts that both looked at.
+    """How much each run is ahead of each named before it, method by method, where both were asked the same (see `unlike`).
 
     Of texts given back the difference in loss is in nats a token, where less is better; all others are in percent.
     """
     found = []
-    for first, second in combinations(runs, 2):
-        if first.summary["stage"] != second.summary["stage"]:
-            continue
-        for source in first.summary["sources"]:
-            theirs = second.summary["sources"].get(source, {"methods": {}})["methods"]
+    for first, second, source in _pairs(runs):
+        if _same_data(first, second, source):
+            theirs = second.summary["sources"][source]["methods"]
             for method, task in product(first.summary["sources"][source]["methods"], TASKS if first.recalls else ("",)):
                 if method not in theirs:
                     continue
                 before, after = ([row for row in run.of(source, method) if row.get("task", "") == task] for run in (first, second))
-                shared = len({row["id"] for row in before} & {row["id"] for row in after})
-                for score in (RECALL_COMPARED if first.recalls else ANSWERS_COMPARED) if shared else ():
+                contexts = len({row["id"] for row in before})
+                for score in RECALL_COMPARED if first.recalls else ANSWERS_COMPARED:
                     gap = difference(totals(after, score), totals(before, score))
                     names = {
                         "from": first.name,
@@ -106,8 +106,31 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
                         "task": task,
                         "score": score,
                     }
-                    found.append({**names, "difference": gap, "contexts": shared})
+                    found.append({**names, "difference": gap, "contexts": contexts})
     return found
+
+
+def unlike(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Sets of one name on which two runs were not asked the same: other contexts or questions, or contexts cut to another length.
+    A paired difference would be none, whatever the ids are."""
+    return [
+        {"from": first.name, "to": second.name, "source": source}
+        for first, second, source in _pairs(runs)
+        if not _same_data(first, second, source)
+    ]
+
+
+def _pairs(runs: Sequence[Run]) -> Iterator[tuple[Run, Run, str]]:
+    for first, second in combinations(runs, 2):
+        if first.summary["stage"] == second.summary["stage"]:
+            for source in first.summary["sources"]:
+                if source in second.summary["sources"]:
+                    yield first, second, source
+
+
+def _same_data(first: Run, second: Run, source: str) -> bool:
+    ours, theirs = (run.summary["sources"][source].get("examples") for run in (first, second))
+    return ours is not None and ours == theirs
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
@@ -118,7 +141,12 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _page(runs: Sequence[Run], compared: Sequence[Mapping[str, Any]], pictures: Sequence[tuple[str, Path]]) -> Iterator[str]:
+def _page(
+    runs: Sequence[Run],
+    compared: Sequence[Mapping[str, Any]],
+    apart: Sequence[Mapping[str, str]],
+    pictures: Sequence[tuple[str, Path]],
+) -> Iterator[str]:
     yield "# Evaluation"
     yield ""
     for run in runs:
@@ -137,12 +165,17 @@ def _page(runs: Sequence[Run], compared: Sequence[Mapping[str, Any]], pictures: 
             "right, wrong: share of answers with F1 1 and 0. cut: answers that had not ended. pays from: the number of ",
         ]
         yield "questions about a context from which on its adapter takes less time than the context in the prompt."
+        yield from _learned(answering)
         yield from ["", "## Differences between methods, F1", "", *_difference_table(answering)]
         yield from _judge_tables(answering)
     if recalling:
         yield from ["", "## Texts given back", "", *_recall_table(recalling)]
+        yield from ["", "## Differences between methods, texts given back", "", *_recall_difference_table(recalling)]
     if compared:
         yield from ["", "## Differences between runs", "", *_comparison_table(compared)]
+    for row in apart:
+        yield from ["", f"{row['from']} and {row['to']} are not compared on {row['source']}: they were not asked the same there"]
+        yield "(other contexts or questions, or contexts cut to another length)."
     for title, file in pictures:
         yield from ["", f"## {title}", "", f"![{title}]({file.name})"]
 
@@ -163,7 +196,11 @@ def _paper_table(runs: Sequence[Run]) -> Iterator[str]:
 def _score_table(runs: Sequence[Run]) -> Iterator[str]:
     names = ["EM", "F1", "ROUGE-1", "ROUGE-2", "ROUGE-L", "right", "wrong", "questions", "cut"]
     yield from _head(
-        ["run", "set", "method", *names, "encode, s a context", "answer, s a question", "adapter, kB", "pays from"], left=3
+        [
+            *("run", "set", "method", *names),
+            *("encode, s a context", "s an adapter", "answer, s a question", "adapter, kB", "pays from"),
+        ],
+        left=3,
     )
     for run in runs:
         for source, found in run.summary["sources"].items():
@@ -171,10 +208,22 @@ def _score_table(runs: Sequence[Run]) -> Iterator[str]:
                 cells = [with_interval(scores, name) for name in ("em", "f1", "rouge_1", "rouge_2", "rouge_l")]
                 cells += [f"{scores['right']:.1f}", f"{scores['wrong']:.1f}", f"{scores['questions']:,}", f"{scores['cut']:,}"]
                 seconds, size = scores["seconds"], scores["adapter_bytes"]
-                cells += [f"{seconds['encode_context']:.3g}" if size else "", f"{seconds['answer_question']:.3g}"]
+                cells += [f"{seconds[part]:.3g}" if size else "" for part in ("encode_context", "encode_adapter")]
+                cells += [f"{seconds['answer_question']:.3g}"]
                 pays = found["break_even_questions"].get(method, "")
                 cells += [f"{size / 1000:,.0f}" if size else "", "never" if pays is None else str(pays)]
                 yield _line([run.name, source, title_of(method), *cells])
+
+
+def _learned(runs: Sequence[Run]) -> Iterator[str]:
+    """Where fine-tuning had fewer conversations to learn than its name says."""
+    for run in runs:
+        for source, found in run.summary["sources"].items():
+            for method, scores in found["methods"].items():
+                learned = scores.get("conversations_learned", {"wanted": 0, "fewest": 0})
+                if learned["fewest"] < learned["wanted"]:
+                    yield from ["", f"{run.name}, {source}: *{title_of(method)}* learned {learned['mean']:.1f} conversations an "]
+                    yield f"adapter ({learned['fewest']} at least), for there were no more."
 
 
 def _difference_table(runs: Sequence[Run]) -> Iterator[str]:
@@ -187,6 +236,19 @@ def _difference_table(runs: Sequence[Run]) -> Iterator[str]:
                 if ours != first:
                     continue
                 yield _line([run.name, source, f"{title_of(ours)} − {title_of(theirs)}", f"{Estimate(**scores['f1']):+.1f}"])
+
+
+def _recall_difference_table(runs: Sequence[Run]) -> Iterator[str]:
+    yield from _head(["run", "set", "methods", "task", "loss, nats a token [95 %]", "exact prefix [95 %]"], left=4)
+    for run in runs:
+        for source, found in run.summary["sources"].items():
+            for pair, tasks in found["differences"].items():
+                ours, _, theirs = pair.partition(" - ")
+                if ours != next(iter(found["methods"])):
+                    continue
+                for task, scores in tasks.items():
+                    cells = [f"{Estimate(**scores['loss']):+.3f}", f"{Estimate(**scores['exact_prefix']):+.1f}"]
+                    yield _line([run.name, source, f"{title_of(ours)} − {title_of(theirs)}", task, *cells])
 
 
 def _judge_tables(runs: Sequence[Run]) -> Iterator[str]:

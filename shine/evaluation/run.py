@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,15 @@ from shine.training.distributed import Ranks, join_ranks
 from shine.training.provenance import versions
 from shine.zoo import load_backbone
 
+_PACKAGE = Path(__file__).resolve().parent.parent
+CODE = tuple(
+    _PACKAGE / f"{name}.py"
+    for name in (
+        *("backbone", "chat", "hypernetwork", "lora", "m2p", "metrics"),
+        *(f"evaluation/{part}" for part in ("fine_tuning", "methods", "pretraining", "qa")),
+    )
+)
+"""What predictions and their scores follow from beside the plan's values: a folder that other code has begun is begun again."""
 SAY_EVERY = 30.0
 """Seconds between two lines about how far it is."""
 
@@ -49,6 +59,10 @@ class TestSet:
     kind: str
     examples: tuple[Example, ...]
     tally: str
+
+    def digest(self, more: str = "") -> str:
+        """What tells these examples, in this order, from others; ``more`` is what else the predictions' inputs follow from."""
+        return hashlib.sha256(repr((self.kind, self.examples, more)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def batches(self, size: int, length: Callable[[Example], int]) -> list[Sequence[Example]]:
         """Contexts of one length together, so that little is padded."""
@@ -72,6 +86,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         with ranks.one_by_one():
             methods = load_methods(config)
         sets = read_sets(config, methods[0].speaker, say=say)
+        _check_lessons(config, methods, sets, say=say)
         folder = ResultFolder(output, *_plan(config, methods, sets))
         try:
             return _Evaluation(config, methods, sets, folder, ranks, say).run()
@@ -139,6 +154,22 @@ def read_sets(config: EvaluationConfig, speaker: Speaker, *, say: Callable[[str]
     return sets
 
 
+def _check_lessons(
+    config: EvaluationConfig, methods: Sequence[Method], sets: Mapping[str, TestSet], *, say: Callable[[str], None]
+) -> None:
+    """Before anything is computed: is there what fine-tuning is to learn? Where there is less, it is said."""
+    tuned = [method for method in methods if isinstance(method, FineTuned)]
+    if config.stage.name == "pretrain" and any(method.count for method in tuned):
+        raise ValueError(
+            "fine_tuning.conversations: a text that is to be given back is learned alone, for conversations would tell the "
+            "end that a completion hides; set fine_tuning.conversations=[0]"
+        )
+    for (source, found), method in product(sets.items(), tuned):
+        learned = method.learned(source, found.examples)
+        if learned["fewest"] < method.count:
+            say(f"{source}: {method.name} learns {learned['mean']:.1f} conversations an adapter, for there are no more")
+
+
 def _plan(
     config: EvaluationConfig, methods: Sequence[Method], sets: Mapping[str, TestSet]
 ) -> tuple[list[Unit], list[Key], dict[str, Any]]:
@@ -163,8 +194,9 @@ def _plan(
     for key in ("output", "checkpoint", "data", "resume"):
         values.pop(key)
     model = str(fingerprint(methods[0].speaker.backbone.model, tokenizer))
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in CODE)).hexdigest()[:16]
     plan = {"config": values, "examples": digest.hexdigest()[:16], "weights": weights.hexdigest()[:16], "backbone": model}
-    return units, order, plan
+    return units, order, {**plan, "code": code}
 
 
 class _Evaluation:
@@ -202,7 +234,7 @@ class _Evaluation:
 
     def _compute(self, unit: Unit) -> None:
         method, config, clock = self.methods[unit.method], self.config, qa.Clock()
-        before = method.encoded
+        encoded, made = method.encoded, method.made
         rows: Sequence[pretraining.Recall | qa.Prediction]
         if unit.task:
             rows = pretraining.recall(method, unit.source, unit.examples, config, task=unit.task, clock=clock)
@@ -212,7 +244,8 @@ class _Evaluation:
         timing = {
             "encode": clock.encode,
             "answer": clock.answer,
-            "encoded": method.encoded - before,
+            "encoded": method.encoded - encoded,
+            "made": method.made - made,
             "asked": len(rows),
             "adapter_bytes": method.adapter_bytes,
         }
@@ -240,9 +273,13 @@ class _Evaluation:
         timings = [row for row in self.folder.timings() if row["source"] == source]
         methods: dict[str, Any] = {}
         mine: dict[str, list[Row]] = {}
-        for name in self.methods:
+        for name, method in self.methods.items():
             mine[name] = [row for row in rows if (row["source"], row["method"]) == (source, name)]
             result = summarise(mine[name], bounds=bounds)
             methods[name] = {**result, **scores.summarise_times([row for row in timings if row["method"] == name], result)}
-        compared = {} if recalled else scores.compare_methods(mine, methods)
-        return {"kind": found.kind, "tally": found.tally, "methods": methods, **compared}
+            if isinstance(method, FineTuned):
+                methods[name]["conversations_learned"] = method.learned(source, found.examples)
+        compared = scores.compare_recall(mine) if recalled else scores.compare_methods(mine, methods)
+        # What a completion hides follows from the seed.
+        data = found.digest(str(self.config.seed) if recalled else "")
+        return {"kind": found.kind, "tally": found.tally, "examples": data, "methods": methods, **compared}

@@ -23,12 +23,10 @@ from shine.evaluation.tables import TITLES
 from shine.evaluation.trust_page import write_page
 from shine.model import Shine as Model
 
-PROMPTS = PromptConfig(system="Answer with a few words only, without a sentence.", in_context="{context}\n\nQuestion: {question}")
 
-
-def three_methods(model: Model, *, prompts: PromptConfig = PROMPTS) -> list[Method]:
-    """SHINE, In-Context and Only Question on one loaded model."""
-    speaker = Speaker(model.backbone, model.tokenizer, prompts, model.config.baseline_prefix)
+def three_methods(model: Model, *, prompts: PromptConfig | None = None) -> list[Method]:
+    """SHINE, In-Context and Only Question on one loaded model; without ``prompts`` the baselines see the default ones."""
+    speaker = Speaker(model.backbone, model.tokenizer, prompts or PromptConfig(), model.config.baseline_prefix)
     return [
         Shine("shine", speaker, model.hypernetwork),
         InContext("in_context", speaker),

@@ -1,0 +1,120 @@
+"""From rows to figures: differences, shares, percentiles and times, counted by hand."""
+
+from __future__ import annotations
+
+import math
+import statistics as exact
+from typing import Any
+
+import pytest
+
+from shine.evaluation.scores import compare_methods, compare_recall, grouped, summarise_answers, summarise_recall, summarise_times
+
+
+def answer(context: str, f1: float, *, turn: int = 0, tokens: int = 8, em: float = 0.0) -> dict[str, Any]:
+    values = {"id": context, "turn": turn, "context_tokens": tokens, "cut": False, "em": em, "f1": f1}
+    return {**values, **dict.fromkeys(("rouge_1", "rouge_2", "rouge_l"), f1)}
+
+
+def text(name: str, loss: float, *, tokens: int = 4, task: str = "reconstruct", prefix: float = 0.5) -> dict[str, Any]:
+    return {
+        "id": name,
+        "task": task,
+        "context_tokens": 8,
+        "tokens": tokens,
+        "loss": loss,
+        "exact_prefix": prefix,
+        "em": 0.0,
+        "f1": 0.5,
+    }
+
+
+def timed_methods(*, encode: float, shine: float, in_context: float) -> dict[str, Any]:
+    """Summaries that hold times alone, in seconds."""
+    return {
+        "shine": {"contexts_encoded": 3, "seconds": {"encode_context": encode, "answer_question": shine}},
+        "in_context": {"contexts_encoded": 0, "seconds": {"encode_context": 0.0, "answer_question": in_context}},
+    }
+
+
+def test_methods_differ_by_what_their_means_differ_by() -> None:
+    """Equal gaps in each context leave nothing to chance; each pair once, the earlier method first."""
+    rows = {
+        "shine": [answer("a", 0.5), answer("a", 0.7, turn=1), answer("b", 0.9)],
+        "in_context": [answer("a", 0.4), answer("a", 0.6, turn=1), answer("b", 0.8)],
+        "only_question": [answer("a", 0.0), answer("a", 0.0, turn=1), answer("b", 0.9)],
+    }
+    found = compare_methods(rows, timed_methods(encode=1.0, shine=0.1, in_context=0.5))["differences"]
+    assert list(found) == ["shine - in_context", "shine - only_question", "in_context - only_question"]
+    gap = found["shine - in_context"]["f1"]
+    assert (gap["value"], gap["low"], gap["high"]) == pytest.approx((10, 10, 10))
+    wide = found["shine - only_question"]["f1"]
+    assert wide["value"] == pytest.approx(100 * (0.5 + 0.7) / 3)
+    # Drawn are a alone, b alone, or both: the extremes are the contexts' own gaps.
+    assert (wide["low"], wide["high"]) == pytest.approx((0, 60))
+
+
+@pytest.mark.parametrize(
+    ("encode", "shine", "in_context", "pays"),
+    [(1.0, 0.1, 0.35, 4), (1.0, 0.5, 0.4, None), (0.01, 0.1, 0.5, 1)],
+)
+def test_an_adapter_pays_from_a_number_of_questions_on(encode: float, shine: float, in_context: float, pays: int | None) -> None:
+    """Counted up: the first number of questions that takes less time with the adapter; none for a method that makes none."""
+    found = compare_methods({}, timed_methods(encode=encode, shine=shine, in_context=in_context))["break_even_questions"]
+    counted = next((n for n in range(1, 1000) if encode + n * shine <= n * in_context), None)
+    assert found == {"shine": pays}
+    assert counted == pays
+
+
+def test_texts_given_back_are_compared_by_task() -> None:
+    rows = {
+        "shine": [text("a", 1.0, tokens=2), text("b", 2.0, tokens=6, prefix=1.0), text("a", 5.0, task="complete")],
+        "in_context": [text("a", 0.5, tokens=2), text("b", 1.5, tokens=6), text("a", 1.0, task="complete")],
+    }
+    found = compare_recall(rows)["differences"]["shine - in_context"]
+    assert found["reconstruct"]["loss"] == pytest.approx({"value": 0.5, "low": 0.5, "high": 0.5})
+    assert found["reconstruct"]["exact_prefix"]["value"] == pytest.approx(25)
+    assert found["complete"]["loss"]["value"] == pytest.approx(4.0)
+
+
+def test_the_band_of_perplexities_leaves_out_a_tenth_at_each_end() -> None:
+    """Eleven texts of losses 0.0 to 1.0: the second and the last but one, whatever the order."""
+    rows = [text(str(n), n / 10) for n in (7, 0, 3, 10, 1, 5, 9, 2, 8, 4, 6)]
+    found = summarise_recall(rows, bounds=(10,))["reconstruct"]
+    assert found["perplexity_p10"] == pytest.approx(math.exp(0.1))
+    assert found["perplexity_p90"] == pytest.approx(math.exp(0.9))
+
+
+def test_a_group_has_an_interval_of_its_own() -> None:
+    """Of equal answers there is nothing to draw; of unlike contexts the interval has the width of the standard error."""
+    even = grouped([answer(str(n), 0.25, turn=1) for n in range(5)], lambda row: row["turn"], ("f1",))["1"]
+    assert (even["f1"], even["f1_interval"], even["questions"]) == (25.0, [25.0, 25.0], 5)
+    values = [n % 10 / 10 for n in range(400)]
+    low, high = grouped([answer(str(n), value) for n, value in enumerate(values)], lambda row: 0, ("f1",))["0"]["f1_interval"]
+    assert (high - low) / 2 == pytest.approx(1.96 * 100 * exact.pstdev(values) / 20, rel=0.06)
+    assert low < 100 * exact.mean(values) < high
+
+
+def test_shares_and_lengths_are_counted() -> None:
+    rows = [
+        answer("a", 1.0, tokens=10),
+        answer("a", 0.0, turn=1, tokens=10),
+        answer("b", 0.5, tokens=11),
+        answer("c", 0.0, tokens=99),
+    ]
+    found = summarise_answers(rows, bounds=(10, 20))
+    assert (found["right"], found["wrong"], found["questions"], found["contexts"]) == (25.0, 50.0, 4, 3)
+    assert {bound: group["questions"] for bound, group in found["lengths"].items()} == {"10": 2, "20": 2}
+    assert {turn: group["f1"] for turn, group in found["turns"].items()} == {"1": 50.0, "2": 0.0}
+
+
+def test_times_are_of_a_context_an_adapter_and_a_question() -> None:
+    timings = [
+        {"encode": 1.0, "answer": 0.5, "encoded": 2, "made": 4, "asked": 3, "adapter_bytes": 8},
+        {"encode": 0.2, "answer": 0.1, "encoded": 1, "made": 1, "asked": 1, "adapter_bytes": 8},
+    ]
+    found = summarise_times(timings, {"questions": 4})
+    assert found["seconds"] == pytest.approx(
+        {"total": 1.8, "encode": 1.2, "answer": 0.6, "encode_context": 0.4, "encode_adapter": 0.24, "answer_question": 0.15}
+    )
+    assert (found["contexts_encoded"], found["adapters_made"], found["adapter_bytes"]) == (3, 5, 8)
