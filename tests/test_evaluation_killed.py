@@ -20,6 +20,7 @@ import torch
 from processes import CONTEXT
 
 from shine.config import BackboneConfig, DataConfig, EvaluationConfig, HypernetworkConfig, PromptConfig, SourceConfig, StageConfig
+from shine.evaluation import results
 from shine.evaluation.results import PREDICTIONS_FILE, SUMMARY_FILE, TIMINGS_FILE, ResultFolder, read_jsonl
 from shine.evaluation.run import evaluate
 from shine.zoo import ASSETS
@@ -167,6 +168,60 @@ def test_two_evaluations_do_not_write_into_one_folder(tiny_backbone_folder: str,
     assert refused
     evaluate(replace(config, output=str(tmp_path / "alone")))
     assert (tmp_path / "out" / PREDICTIONS_FILE).read_bytes() == (tmp_path / "alone" / PREDICTIONS_FILE).read_bytes()
+
+
+def evaluate_until(config: EvaluationConfig, place: str) -> None:
+    """The body of a process that kills itself with a signal that nothing can catch: half through a line, before, or in, the merge."""
+    append, close, replaced, appended = ResultFolder.append, ResultFolder.close, results._replace, []
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def appending(self: ResultFolder, rank: int, unit: Any, rows: Any, timing: Any) -> None:
+        append(self, rank, unit, rows, timing)
+        appended.append(unit)
+        if place == "line" and len(appended) == 2:
+            with self.part(rank).open("ab") as lines:
+                lines.write(b'{"source": "wor')
+            die()
+
+    def closing(self: ResultFolder) -> Any:
+        if place == "before the merge":
+            die()
+        return close(self)
+
+    def replacing(file: Path, rows: Any) -> None:
+        replaced(file, rows)
+        # The whole file is there, and so are the parts that it was made of.
+        if place == "merge" and file.name == PREDICTIONS_FILE:
+            die()
+
+    ResultFolder.append, ResultFolder.close, results._replace = appending, closing, replacing  # type: ignore[method-assign]
+    torch.set_num_threads(1)
+    evaluate(config)
+
+
+@pytest.mark.parametrize("stage", ["1qa", "mqa"])
+def test_a_run_killed_anywhere_has_the_file_of_one_that_was_not(stage: Any, tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """Two contexts a batch. Also killed in the merge, when the whole file and its parts both lie there: nothing comes twice."""
+    config = small(tiny_backbone_folder, tmp_path / "whole")
+    config = replace(config, stage=replace(config.stage, name=stage))
+    evaluate(config)
+    whole = (tmp_path / "whole" / PREDICTIONS_FILE).read_bytes()
+    output = tmp_path / "killed"
+    for place in ("line", "before the merge", "merge"):
+        process = CONTEXT.Process(target=evaluate_until, args=(replace(config, output=str(output)), place))
+        process.start()
+        process.join(timeout=120)
+        assert process.exitcode == -signal.SIGKILL
+        assert not (output / SUMMARY_FILE).exists()
+        assert list(output.glob("predictions.part-*"))
+        assert (output / PREDICTIONS_FILE).exists() == (place == "merge")
+    evaluate(replace(config, output=str(output)))
+    assert (output / PREDICTIONS_FILE).read_bytes() == whole
+    assert not list(output.glob("predictions.part-*"))
+    units = [row["unit"] for row in read_jsonl(output / TIMINGS_FILE)]
+    assert sorted(units) == list(range(8)), "each batch counts once, and none was computed again"
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -57,6 +60,19 @@ def test_the_limits_are_those_of_the_shapes(machine: ModuleType, make_backbone: 
         times.append(time.perf_counter() - started)
     assert 2 * 256 * 512 * 512 / rate < 3 * min(times)
     assert 2 * 256 * 512 * 512 / rate > min(times) / 3
+
+
+def test_the_benchmark_of_answering_runs(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """As from the command line, on a tiny model: both ways answer, and the ratio with its spread is printed."""
+    small = ["backbone=custom", f"backbone.path={tiny_backbone_folder}", "backbone.dtype=float32", "backbone.device=cpu"]
+    small += ["hypernetwork.rank=2", "hypernetwork.meta_rank=4", "hypernetwork.m2p.heads=2", "max_new_tokens=2", "sets=stories"]
+    command = [sys.executable, str(FILE.with_name("evaluate.py")), *small, "--contexts", "2", "--rounds", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(FILE.parent.parent), "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert found.returncode == 0, found.stderr
+    assert re.search(r"2 at a time: [\d.]+ questions/s", found.stdout)
+    assert re.search(r"one by one: [\d.]+ questions/s", found.stdout)
+    assert re.search(r"times as many questions a second: [\d.]+ \([\d.]+ to [\d.]+ in 1 rounds\)", found.stdout)
 
 
 def test_a_copy_reads_and_writes(machine: ModuleType) -> None:

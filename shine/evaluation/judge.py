@@ -7,12 +7,13 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from shine.config import RemoteConfig
 from shine.evaluation.results import PREDICTIONS_FILE, Row, key_of, read_jsonl
-from shine.evaluation.statistics import Totals, interval
+from shine.evaluation.statistics import Totals, difference, interval
 from shine.journal import Journal
 from shine.remote import Request, ask, json_reader
 
@@ -56,7 +57,8 @@ def judge(folder: Path, config: RemoteConfig, *, prompt: str = PROMPT, say: Call
             verdict = {"failure": reply.failure} if reply.value is None else vars(reply.value)
             verdicts[reply.id] = {"id": reply.id, "answer": wanted[reply.id]["prediction"], **verdict}
             journal.append(verdicts[reply.id])
-    summary = {"judge": config.model, "prompt_sha256": digest, "prompt": prompt, "sources": summarise(rows, verdicts)}
+    summary: dict[str, Any] = {"judge": config.model, "prompt_sha256": digest, "prompt": prompt}
+    summary |= {"sources": summarise(rows, verdicts), "differences": compare_methods(rows, verdicts)}
     place.with_suffix(".json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return summary
 
@@ -79,19 +81,49 @@ def answers_in(folder: Path) -> list[dict[str, Any]]:
 def summarise(rows: Sequence[Row], verdicts: Mapping[str, Row]) -> dict[str, Any]:
     """Per source and method: the share of answers judged correct with its interval, how many were judged, how many failed."""
     found: dict[str, Any] = {}
-    for source, method in dict.fromkeys((row["source"], row["method"]) for row in rows):
-        mine = [row for row in rows if (row["source"], row["method"]) == (source, method)]
-        judged = [(row["id"], verdicts[_name(row)]["correct"]) for row in mine if "correct" in verdicts.get(_name(row), {})]
+    for (source, method), mine in _by_method(rows).items():
+        judged = _judged(mine, verdicts)
         result: dict[str, Any] = {"judged": len(judged), "failed": len(mine) - len(judged), "correct": None}
         if judged:
-            by_context: dict[str, tuple[float, float]] = {}
-            for context, correct in judged:
-                total, count = by_context.get(context, (0.0, 0.0))
-                by_context[context] = (total + 100 * correct, count + 1)
-            estimate = interval(Totals(by_context))
+            estimate = interval(_totals(judged))
             result |= {"correct": estimate.value, "interval": [estimate.low, estimate.high]}
         found.setdefault(source, {})[method] = result
     return found
+
+
+def compare_methods(rows: Sequence[Row], verdicts: Mapping[str, Row]) -> dict[str, Any]:
+    """Per source: how much each method is ahead of each after it, in percent, on the questions that are judged for both."""
+    found: dict[str, Any] = {}
+    for ((source, ours), mine), ((other, theirs), others) in combinations(_by_method(rows).items(), 2):
+        if source != other:
+            continue
+        first, second = _judged(mine, verdicts), _judged(others, verdicts)
+        pair = [{key: said[key] for key in first if key in second} for said in (first, second)]
+        if pair[0]:
+            gap = difference(*map(_totals, pair)).plain()
+            found.setdefault(source, {})[f"{ours} - {theirs}"] = {**gap, "questions": len(pair[0])}
+    return found
+
+
+def _by_method(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["source"], row["method"]), []).append(row)
+    return found
+
+
+def _judged(rows: Sequence[Row], verdicts: Mapping[str, Row]) -> dict[tuple[str, int], bool]:
+    """The verdicts there are, by context and turn."""
+    named = {(row["id"], row["turn"]): verdicts.get(_name(row), {}) for row in rows}
+    return {key: verdict["correct"] for key, verdict in named.items() if "correct" in verdict}
+
+
+def _totals(judged: Mapping[tuple[str, int], bool]) -> Totals:
+    found: dict[str, tuple[float, float]] = {}
+    for (context, _), correct in judged.items():
+        total, count = found.get(context, (0.0, 0.0))
+        found[context] = (total + 100 * correct, count + 1)
+    return Totals(found)
 
 
 def _name(row: Row) -> str:

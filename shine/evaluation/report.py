@@ -263,6 +263,15 @@ def _judge_tables(runs: Sequence[Run]) -> Iterator[str]:
                 share = Estimate(found["correct"], *found["interval"]) if found["judged"] else None
                 cells = [f"{share:.1f}" if share else "", f"{found['judged']:,}", f"{found['failed']:,}"]
                 yield _line([run.name, judge["judge"], judge["prompt_sha256"][:8], source, title_of(method), *cells])
+    yield from ["", "## Differences between methods, judged correct", ""]
+    yield from _head(["run", "judge", "prompt", "set", "methods", "difference [95 %]", "judged for both"], left=5)
+    for run, judge in judged:
+        for source, pairs in judge.get("differences", {}).items():
+            for pair, found in pairs.items():
+                gap = Estimate(found["value"], found["low"], found["high"])
+                titles = " − ".join(map(title_of, pair.split(" - ")))
+                cells = [f"{gap:+.1f}", f"{found['questions']:,}"]
+                yield _line([run.name, judge["judge"], judge["prompt_sha256"][:8], source, titles, *cells])
 
 
 def _recall_table(runs: Sequence[Run]) -> Iterator[str]:
