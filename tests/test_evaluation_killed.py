@@ -171,7 +171,7 @@ def test_two_evaluations_do_not_write_into_one_folder(tiny_backbone_folder: str,
 
 
 def evaluate_until(config: EvaluationConfig, place: str) -> None:
-    """The body of a process that kills itself with a signal that nothing can catch: half through a line, before, or in, the merge."""
+    """The body of a process that kills itself with a signal that nothing can catch: in a line, before the merge, or in it."""
     append, close, replaced, appended = ResultFolder.append, ResultFolder.close, results._replace, []
 
     def die() -> None:

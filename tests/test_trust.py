@@ -26,6 +26,7 @@ from shine.hypernetwork import Hypernetwork
 from shine.lora import LoRA
 
 ROOT = Path(__file__).resolve().parent.parent
+COLORS = ("red", "blue", "green", "gray", "white", "black", "pink", "brown", "gold", "teal")
 APPLE = Example("apple", "Apple is green.", (Turn("What color is an apple?", ("green",)),))
 PARIS = Example("paris", "Paris is in Italy.", (Turn("Where is Paris?", ("Italy", "in Italy")),))
 
@@ -92,6 +93,47 @@ def test_an_open_question_is_declined_invented_or_guessed(answer: str, declined:
     assert (found["declined_on"], found["invented_on"]) == (declined, invented)
 
 
+def test_what_the_model_knew_is_kept_lost_or_overwritten() -> None:
+    """Only what it knows without an adapter counts; the questions go round the contexts."""
+    off = {"Sky?": "It is blue.", "Snow?": "white", "Moon?": "cheese", "Sun?": "yellow", "Sea?": "salt"}
+    on = {"Sky?": "Blue", "Snow?": "green", "Moon?": "rock", "Sun?": "hot", "Sea?": "salt"}
+    answers = {"Sky?": "blue", "Snow?": "white", "Moon?": "rock", "Sun?": "yellow", "Sea?": "salt"}
+    facts = [Turn(question, (answer,)) for question, answer in answers.items()]
+    rows = trust.knowledge(asker(on, off), [APPLE, PARIS], facts, first=0)
+    assert [(row["id"], row["question"]) for row in rows] == [
+        *(("apple", "Sky?"), ("apple", "Snow?"), ("apple", "Sun?")),
+        *(("paris", "Sea?"), ("paris", "Sky?"), ("paris", "Snow?")),
+    ]
+    assert [(row["kept_on"], row["leak_on"]) for row in rows[:3]] == [(True, False), (False, True), (False, False)]
+    assert [row["leak_on"] for row in rows[3:]] == [False] * 3, "green stands in the apple's context only"
+    assert trust.knowledge(asker(on, off), [APPLE], [], first=0) == []
+
+
+def test_what_a_passage_answers_after_all_is_not_unanswerable() -> None:
+    """The neighbour's answer stands in it: the next question whose answer does not is asked, and if there is none, nothing."""
+    first = Example("1", "Ada is red. Bo is blue.", (Turn("Ada?", ("red",)), Turn("And Bo?", ("Blue", "navy"))))
+    second = Example("2", "Bo is blue.", (Turn("Bo?", ("blue",)),))
+    assert trust.passage_set([first, second], name="x").unanswerable == (None, "Ada?")
+    asking = asker({"Ada?": "blue"}, {"Ada?": "?"})
+    (row,) = trust.unanswerable(asking, [first, second], (None, "Ada?"))
+    assert (row["id"], row["invented_on"]) == ("2", True)
+    assert trust.unanswerable(asking, [first], (None,)) == []
+
+
+def test_questions_of_general_knowledge_are_read_and_checked(tmp_path: Path) -> None:
+    facts = trust.read_knowledge(ROOT / "examples" / "knowledge.jsonl")
+    assert len({fact.question for fact in facts}) == len(facts) >= 20
+    beliefs = (ROOT / "examples" / "beliefs.jsonl").read_text()
+    assert not any(fact.question in beliefs for fact in facts)
+    file = tmp_path / "bad.jsonl"
+    for line in ("{", "[]", '{"question": "Sky?"}', '{"question": "Sky?", "answers": []}', '{"question": 1, "answers": ["blue"]}'):
+        file.write_text(f'{{"question": "Snow?", "answers": ["white"]}}\n{line}\n')
+        with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: must be"):
+            trust.read_knowledge(file)
+    with pytest.raises(ValueError, match="no such file"):
+        trust.read_knowledge(tmp_path / "none.jsonl")
+
+
 def test_a_long_conversation_has_fifteen_turns_and_scores_its_own_questions() -> None:
     """The answers so far are its history; no question comes twice; only those about the context count."""
     own = Example("own", "Ada.", tuple(Turn(f"own {n}?", (f"a{n}",)) for n in range(4)))
@@ -154,9 +196,9 @@ def small_squad(folder: Path) -> Path:
     columns = {
         "id": [f"q{passage}-{question}" for passage, question in places],
         "title": ["t"] * 30,
-        "context": [f"Person {passage} is red." for passage, _ in places],
+        "context": [f"Person {passage} is {COLORS[passage]}." for passage, _ in places],
         "question": [f"What of {passage} is {question}?" for passage, question in places],
-        "answers": [{"text": ["red"], "answer_start": [12]}] * 30,
+        "answers": [{"text": [COLORS[passage]], "answer_start": [12]} for passage, _ in places],
     }
     squad_folder(folder, **columns)
     return folder
@@ -170,6 +212,7 @@ def test_one_command_makes_one_page_of_three_sets(
     squad = str(shared("squad") if real else small_squad(tmp_path / "squad"))
     output = tmp_path / "page"
     arguments = ["--squad", squad, "--file", str(ROOT / "examples" / "beliefs.jsonl"), "--contexts", "10", "--max-new-tokens", "3"]
+    arguments += ["--knowledge", str(ROOT / "examples" / "knowledge.jsonl")]
     assert main(["trust", checkpoint, *arguments, "--output", str(output)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(output / "trust.md")
     page, figures = (output / "trust.md").read_text(), json.loads((output / "trust.json").read_text())

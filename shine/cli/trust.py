@@ -19,13 +19,17 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
             "believed, what does it say to questions that the context does not answer, how long does an adapter last in a\n"
             "conversation of 15 turns, and do adapters differ? On invented worlds, and on your passages. Writes trust.md."
         ),
-        examples="shine trust cpu-world\nshine trust outputs/1qa --squad data/squad/plain_text --file examples/beliefs.jsonl",
+        examples=(
+            "shine trust cpu-world\nshine trust outputs/1qa --squad data/squad/plain_text --file examples/beliefs.jsonl\n"
+            "shine trust outputs/1qa --no-worlds --squad data/squad/plain_text --knowledge examples/knowledge.jsonl"
+        ),
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, a checkpoint in it, or cpu-world")
     parser.add_argument("--backbone", help="where its backbone lies, if not where the checkpoint says")
     parser.add_argument("--contexts", type=int, default=64, help="of each set (default: %(default)s)")
     parser.add_argument("--squad", metavar="FOLDER", help="passages with questions, as SQuAD lays them out (validation split)")
     parser.add_argument("--file", metavar="FILE", help="contexts with questions of your own, JSON lines")
+    parser.add_argument("--knowledge", type=Path, metavar="FILE", help="questions of general knowledge: is what it knows left?")
     parser.add_argument("--no-worlds", action="store_true", help="leave the invented worlds out")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="of an answer (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=7000, help="of worlds and orders (default: %(default)s)")
@@ -43,6 +47,7 @@ def _trust(args: argparse.Namespace) -> None:
         backbone=args.backbone,
         contexts=args.contexts,
         sources={kind: path for kind, path in sources.items() if path},
+        knowledge=args.knowledge,
         worlds=not args.no_worlds,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,

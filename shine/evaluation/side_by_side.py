@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ def report_trust(
     backbone: str | None,
     contexts: int,
     sources: Mapping[str, str],
+    knowledge: Path | None,
     worlds: bool,
     max_new_tokens: int,
     seed: int,
@@ -136,6 +138,7 @@ def report_trust(
     folder = output_folder(output)
     if contexts < 2 or not (worlds or sources):
         raise ValueError("contexts must be at least 2, and there must be worlds or a source: how adapters differ is asked of pairs")
+    facts = () if knowledge is None else trust.read_knowledge(knowledge)
     model = Model.from_pretrained(checkpoint, backbone=backbone)
     sets = [trust.world_set(list(World(seed=seed).examples(contexts)), seed=seed)] if worlds else []
     for kind, path in sources.items():
@@ -157,6 +160,6 @@ def report_trust(
     found_all = []
     for questions in sets:
         print(f"{questions.name}: {len(questions.examples)} contexts", flush=True)
-        found_all.append(trust.examine(asker, questions, seed=seed))
+        found_all.append(trust.examine(asker, replace(questions, knowledge=facts), seed=seed))
     about = f"Hypernetwork `{checkpoint}`, backbone `{model.config.path}`; answers of at most {max_new_tokens} tokens, seed {seed}."
     return write_page(folder, found_all, about=about)

@@ -6,9 +6,11 @@ an adapter; In-Context stands beside where it is a yardstick.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from shine.evaluation.statistics import interval
 from shine.lora import LoRA
 from shine.metrics import exact_match, f1, normalise
 
-TURNS = 15
+TURNS, FACTS = 15, 4
 UNKNOWN = (
     *("not know", "t know", "unknown", "not sure", "unclear", "not mention", "not say", "not state", "not specif", "not given"),
     *("not provid", "no information", "cannot", "can not", "can t", "unable", "no answer", "unanswerable", "not answer"),
@@ -41,12 +43,14 @@ class TrustSet:
 
     Attributes:
         examples: contexts with questions whose answers they hold.
-        unanswerable: for each example, a question that its context does not answer.
+        unanswerable: for each example, a question that its context does not answer, or ``None`` where none is known.
+        knowledge: questions of general knowledge, which no context is about.
     """
 
     name: str
     examples: tuple[Example, ...]
-    unanswerable: tuple[str, ...]
+    unanswerable: tuple[str | None, ...]
+    knowledge: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def examine(asker: Asker, questions: TrustSet, *, seed: int) -> dict[str, Any]:
     """Every part of the report on one set; its contexts are read once, `Asker.batch_size` at a time."""
     found: dict[str, Any] = {"name": questions.name, "contexts": len(questions.examples)}
     loras: list[LoRA] = []
-    rows: dict[str, list[dict[str, Any]]] = {part: [] for part in ("interference", "belief", "unanswerable", "decay")}
+    rows: dict[str, list[dict[str, Any]]] = {part: [] for part in ("interference", "knowledge", "belief", "unanswerable", "decay")}
     size = asker.batch_size
     for start in range(0, len(questions.examples), size):
         group = questions.examples[start : start + size]
@@ -89,6 +93,7 @@ def examine(asker: Asker, questions: TrustSet, *, seed: int) -> dict[str, Any]:
         # Half the set away, so that no two are neighbours in a book.
         away = [(start + n + len(questions.examples) // 2) % len(questions.examples) for n in range(len(group))]
         rows["interference"] += interference(asker, group, [questions.examples[n] for n in away])
+        rows["knowledge"] += knowledge(asker, group, questions.knowledge, first=start)
         rows["belief"] += belief(asker, group)
         rows["unanswerable"] += unanswerable(asker, group, questions.unanswerable[start : start + size])
         rows["decay"] += decay(asker, group, questions.examples, rng=random.Random(f"{seed} {start}"))
@@ -118,6 +123,26 @@ def interference(asker: Asker, group: Sequence[Example], others: Sequence[Exampl
     return rows
 
 
+def knowledge(asker: Asker, group: Sequence[Example], questions: Sequence[Turn], *, first: int) -> list[dict[str, Any]]:
+    """What the model knows by itself, asked with adapters on that are about something else: of that, what is left?
+
+    Each context takes `FACTS` of the questions, going round them from context number ``first`` of the set on. Those that the model
+    answers wrongly without an adapter are left out. ``kept_on``: a right answer stands in what it says. ``leak_on``: none does, and
+    what it says stands in the context.
+    """
+    numbers = [(n, FACTS * (first + n) + k) for n in range(len(group)) for k in range(min(FACTS, len(questions)))]
+    chosen = [(n, questions[number % len(questions)]) for n, number in numbers]
+    asked = [Asked(n, turn.question) for n, turn in chosen]
+    on, off = (asker.ask(method, asked) if asked else [] for method in (asker.on, asker.off))
+    rows = []
+    for (n, turn), with_it, without in zip(chosen, on, off, strict=True):
+        if any(stands_in(answer, without) for answer in turn.answers):
+            row: dict[str, Any] = {"id": group[n].id, "question": turn.question, "answer_on": with_it, "answer_off": without}
+            row["kept_on"] = any(stands_in(answer, with_it) for answer in turn.answers)
+            rows.append({**row, "leak_on": not row["kept_on"] and stands_in(with_it, group[n].context)})
+    return rows
+
+
 def belief(asker: Asker, group: Sequence[Example]) -> list[dict[str, Any]]:
     """Questions whose right answer is not what the model says without the context: does it say what it was told?
 
@@ -142,16 +167,17 @@ def belief(asker: Asker, group: Sequence[Example]) -> list[dict[str, Any]]:
     return rows
 
 
-def unanswerable(asker: Asker, group: Sequence[Example], questions: Sequence[str]) -> list[dict[str, Any]]:
+def unanswerable(asker: Asker, group: Sequence[Example], questions: Sequence[str | None]) -> list[dict[str, Any]]:
     """Questions that the context does not answer.
 
     ``declined``: the answer says so (`UNKNOWN`). ``invented``: it is words of the context instead, which belong to something else.
     """
-    asked = [Asked(n, question) for n, question in enumerate(questions)]
-    said = {name: asker.ask(method, asked) for name, method in asker.methods().items()}
+    asked = [Asked(n, question) for n, question in enumerate(questions) if question is not None]
+    said = {name: asker.ask(method, asked) if asked else [] for name, method in asker.methods().items()}
     rows = []
-    for index, example in enumerate(group):
-        row: dict[str, Any] = {"id": example.id, "question": questions[index]}
+    for index, question in enumerate(asked):
+        example = group[question.context]
+        row: dict[str, Any] = {"id": example.id, "question": question.question}
         for name, answers in said.items():
             row |= {f"answer_{name}": answers[index], f"declined_{name}": declines(answers[index])}
             row[f"invented_{name}"] = not declines(answers[index]) and stands_in(answers[index], example.context)
@@ -244,7 +270,38 @@ def world_set(examples: Sequence[Example], *, name: str = "invented worlds", see
 
 
 def passage_set(examples: Sequence[Example], *, name: str) -> TrustSet:
-    """Passages with questions; unanswerable is a question about the next passage, mostly of the same article. Some of these a
-    passage may answer after all, which makes the rates a little too good or too bad, for all methods alike."""
-    asked = [examples[(n + 1) % len(examples)].turns[0].question for n in range(len(examples))]
-    return TrustSet(name, tuple(examples), tuple(asked))
+    """Passages with questions; unanswerable is a question about another passage, mostly of the same article.
+
+    It is the nearest one after it of which no gold answer stands in the passage; where there is none, nothing is asked.
+    """
+    return TrustSet(name, tuple(examples), tuple(_open_question(examples, n) for n in range(len(examples))))
+
+
+def _open_question(examples: Sequence[Example], place: int) -> str | None:
+    context = examples[place].context
+    for other in [*examples[place + 1 :], *examples[:place]]:
+        for turn in other.turns:
+            if not any(stands_in(answer, context) for answer in turn.answers):
+                return turn.question
+    return None
+
+
+def read_knowledge(file: Path) -> tuple[Turn, ...]:
+    """Questions of general knowledge: one ``{"question": "…", "answers": ["…"]}`` a line.
+
+    Raises:
+        ValueError: no such file, or a line is none; the message names it.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; name one with questions of general knowledge")
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            question, answers = row["question"], tuple(row["answers"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            question, answers = None, ()
+        if not isinstance(question, str) or not answers or not all(isinstance(answer, str) for answer in answers):
+            raise ValueError(f'{file}, line {number}: must be {{"question": "…", "answers": ["…"]}}')
+        found.append(Turn(question, answers))
+    return tuple(found)

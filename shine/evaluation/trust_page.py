@@ -50,11 +50,17 @@ def _page(found: Sequence[Mapping[str, Any]], about: str) -> Iterator[str]:
         yield _row("answer changed by the adapter", {"on": part["changed"]})
         yield _row("exactly right", {"on": part["right_on"], "off": part["right_off"]})
         yield _row("wrong, and taken from the context that is on", {"on": part["leak_on"], "off": part["leak_off"]})
+        part = result["knowledge"]
+        if part["questions"]:
+            yield _row(f"**What the model knows by itself** ({part['questions']} questions right without adapter)", {})
+            yield _row("still right", {"on": part["kept_on"]})
+            yield _row("wrong now, and taken from the context that is on", {"on": part["leak_on"]})
         yield from _belief(result["belief"])
         part = result["unanswerable"]
-        yield _row("**Questions that the context does not answer**", {})
-        yield _row("says that it does not know", {name: part[f"declined_{name}"] for name in COLUMNS})
-        yield _row("invents: words of the context that belong elsewhere", {name: part[f"invented_{name}"] for name in COLUMNS})
+        yield _row(f"**Questions that the context does not answer** ({part['questions']})", {})
+        if part["questions"]:
+            yield _row("says that it does not know", {name: part[f"declined_{name}"] for name in COLUMNS})
+            yield _row("invents: words of the context that belong elsewhere", {name: part[f"invented_{name}"] for name in COLUMNS})
         yield _row(f"**Over {TURNS} turns**, questions about the context among others, EM", {})
         for name, label in (("first_five", "turns 1 to 5"), ("last_five", f"turns {TURNS - 4} to {TURNS}")):
             yield _row(label, {method: result["decay"][method].get(name) for method in ("on", "in_context")})
@@ -114,9 +120,10 @@ def _draw_rates(axes: Axes, result: Mapping[str, Any]) -> None:
     rows = [
         ("unrelated: answer changed", {"on": other["changed"]}),
         ("unrelated: leaks the context", {"on": other["leak_on"], "off": other["leak_off"]}),
+        ("known facts: still right", {"on": result["knowledge"].get("kept_on")}),
         ("told otherwise: believes it", {n: belief.get(f"told_{n}") for n in ("on", "in_context")}),
-        ("unanswerable: invents", {n: unknown[f"invented_{n}"] for n in COLUMNS}),
-        ("unanswerable: declines", {n: unknown[f"declined_{n}"] for n in COLUMNS}),
+        ("unanswerable: invents", {n: unknown.get(f"invented_{n}") for n in COLUMNS}),
+        ("unanswerable: declines", {n: unknown.get(f"declined_{n}") for n in COLUMNS}),
     ]
     colors = {"on": COLORS["shine"], "off": COLORS["only_question"], "in_context": COLORS["in_context"]}
     for place, (_, values) in enumerate(rows):
