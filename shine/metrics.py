@@ -1,8 +1,9 @@
 """Scores of an answer against the gold ones: pure functions.
 
-EM and F1 are those of SQuAD v1.1's official script: normal form, then the best over the gold answers. HotpotQA and 2WikiMultihopQA
-add a rule about yes and no (`hotpot_f1`); MuSiQue scores as SQuAD does. For MS MARCO the published tables print SQuAD's F1 too,
-which is what is meant here; its own leaderboard has ROUGE-L and BLEU-1 of longer answers, so ROUGE stands beside.
+EM and F1 are those of SQuAD v1.1's official script: normal form, then the best over the gold answers. Where neither prediction nor
+answer has a word in normal form, F1 is 1.0, as in SQuAD 2.0's script (v1.1's gives 0.0). HotpotQA and 2WikiMultihopQA add a rule
+about yes and no (`hotpot_f1`); MuSiQue scores as SQuAD does. For MS MARCO the published tables print SQuAD's F1 too, which is
+what is meant here; its own leaderboard has ROUGE-L and BLEU-1 of longer answers, so ROUGE stands beside.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+from rouge import Rouge
 
 from shine.metrics import exact_match, exact_prefix_ratio, f1, hotpot_f1, normalise, rouge
 
@@ -113,6 +114,21 @@ def test_rouge_by_hand() -> None:
     assert found["rouge_l"] == pytest.approx(2 * (3 / 4) / (3 / 4 + 1), abs=1e-6)
     assert rouge("cat the sat", ["sat the cat"])["rouge_l"] == pytest.approx(1 / 3, abs=1e-6)
     assert rouge("dog", ["x y", "dog"])["rouge_1"] == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer"),
+    [
+        ("the cat sat down", "the cat sat"),
+        ("one two. three four. one two", "three four. one two five"),
+        ("a b c d e f", "f e d c b a"),
+        ("don't stop, please", "please don't, stop"),
+    ],
+)
+def test_rouge_is_the_packages_own_on_what_it_can_take(prediction: str, answer: str) -> None:
+    """Lower-case words with single spaces: nothing that is done for other texts changes the score of these."""
+    (found,) = Rouge().get_scores(prediction, answer)
+    assert rouge(prediction, [answer]) == {f"rouge_{kind}": found[f"rouge-{kind}"]["f"] for kind in "12l"}
 
 
 @pytest.mark.parametrize(("prediction", "answer"), [("", "x"), ("x", ""), ("", ""), ("...", "x"), ("x", " . "), ("\n", ".")])

@@ -174,16 +174,16 @@ def test_methods_are_compared_on_the_page(results: dict[str, Path], tmp_path: Pa
 
 
 def test_pays_from_is_counted_from_the_times(results: dict[str, Path], tmp_path: Path) -> None:
-    """Real times say nothing here, so the folder is given some: 1 s to encode, 0.1 s a question against 0.35 s in context."""
+    """Real times say nothing here, so the folder is given some: 1 s to encode, 0.25 s a question against 0.5 s in context."""
     folder = tmp_path / "timed"
     shutil.copytree(results["first"], folder)
     summary = json.loads((folder / SUMMARY_FILE).read_text())
     found = summary["sources"]["mine"]
-    found |= compare_methods({}, timed_methods(encode=1.0, shine=0.1, in_context=0.35))
+    found |= compare_methods({}, timed_methods(encode=1.0, shine=0.25, in_context=0.5))
     (folder / SUMMARY_FILE).write_text(json.dumps(summary))
     main(["report", str(folder), "--output", str(tmp_path / "report")])
     head, *scored = table((tmp_path / "report" / "report.md").read_text(), "Scores, shares and costs")
-    assert [dict(zip(head, cells, strict=True))["pays from"] for cells in scored] == ["4", "", ""]
+    assert [dict(zip(head, cells, strict=True))["pays from"] for cells in scored] == ["5", "", ""]
 
 
 def test_every_line_of_a_picture_is_told_from_the_others(results: dict[str, Path]) -> None:

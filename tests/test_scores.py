@@ -56,12 +56,12 @@ def test_methods_differ_by_what_their_means_differ_by() -> None:
 
 @pytest.mark.parametrize(
     ("encode", "shine", "in_context", "pays"),
-    [(1.0, 0.1, 0.35, 4), (1.0, 0.5, 0.4, None), (0.01, 0.1, 0.5, 1)],
+    [(1.0, 0.25, 0.5, 5), (1.0, 0.1, 0.5, 3), (1.0, 0.5, 0.4, None), (0.01, 0.1, 0.5, 1)],
 )
 def test_an_adapter_pays_from_a_number_of_questions_on(encode: float, shine: float, in_context: float, pays: int | None) -> None:
     """Counted up: the first number of questions that takes less time with the adapter; none for a method that makes none."""
     found = compare_methods({}, timed_methods(encode=encode, shine=shine, in_context=in_context))["break_even_questions"]
-    counted = next((n for n in range(1, 1000) if encode + n * shine <= n * in_context), None)
+    counted = next((n for n in range(1, 1000) if encode + n * shine < n * in_context), None)
     assert found == {"shine": pays}
     assert counted == pays
 

@@ -73,4 +73,6 @@ def test_an_interval_is_the_same_every_time_and_follows_a_transform() -> None:
 
 def test_break_even() -> None:
     assert break_even(encode=1.0, answer=0.1, answer_in_context=0.5) == 3
+    # Four questions take two seconds either way: it is the fifth that makes the difference.
+    assert break_even(encode=1.0, answer=0.25, answer_in_context=0.5) == 5
     assert break_even(encode=1.0, answer=0.3, answer_in_context=0.3) is None

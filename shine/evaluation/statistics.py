@@ -84,7 +84,7 @@ def _resampled(pairs: np.ndarray, seed: int) -> np.ndarray:
 
 
 def break_even(*, encode: float, answer: float, answer_in_context: float) -> int | None:
-    """The number of questions about one context from which on encoding it pays; ``None`` where no number does.
+    """The number of questions about one context from which on encoding it takes less time in all; ``None`` where no number does.
 
     Args:
         encode: seconds to make the adapter of a context.
@@ -92,4 +92,4 @@ def break_even(*, encode: float, answer: float, answer_in_context: float) -> int
         answer_in_context: seconds a question with the context in the prompt.
     """
     saved = answer_in_context - answer
-    return math.ceil(encode / saved) if saved > 0 else None
+    return math.floor(encode / saved) + 1 if saved > 0 else None
