@@ -86,6 +86,7 @@ def test_belief_looks_at_what_the_model_says_otherwise_without_the_context() -> 
         ("Spain", False, False),
         ("", False, False),
         ("Ita", False, False),
+        ("Saint Knowles", False, False),
     ],
 )
 def test_an_open_question_is_declined_invented_or_guessed(answer: str, declined: bool, invented: bool) -> None:

@@ -28,7 +28,7 @@ UNKNOWN = (
     *("not know", "t know", "unknown", "not sure", "unclear", "not mention", "not say", "not state", "not specif", "not given"),
     *("not provid", "no information", "cannot", "can not", "can t", "unable", "no answer", "unanswerable", "not answer"),
 )
-"""What an answer holds, in normal form, that says it does not know."""
+"""What an answer holds, in normal form and from the start of a word on, that says it does not know."""
 
 
 class Off(Method):
@@ -252,7 +252,7 @@ def stands_in(answer: str, context: str) -> bool:
 def declines(answer: str) -> bool:
     """Whether an answer says that it does not know."""
     text = f" {normalise(answer.replace(chr(0x2019), ' ').replace(chr(39), ' '))} "
-    return any(mark in text for mark in UNKNOWN)
+    return any(f" {mark}" in text for mark in UNKNOWN)
 
 
 def world_set(examples: Sequence[Example], *, name: str = "invented worlds", seed: int = 0) -> TrustSet:
