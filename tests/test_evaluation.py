@@ -199,6 +199,22 @@ def test_recall_loss_is_that_of_the_text_and_its_end(methods: dict[str, Method],
         assert result.tokens == result.context_tokens + 1
 
 
+def test_the_logits_of_one_text_at_a_time_are_held(
+    methods: dict[str, Method], tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three texts side by side: those of all at once would not fit beside a large vocabulary."""
+    method, rows, logits = methods["in_context"], [], Backbone.logits
+
+    def counting(self: Backbone, hidden: torch.Tensor) -> torch.Tensor:
+        rows.append(hidden.shape[:-1].numel())
+        return logits(self, hidden)
+
+    monkeypatch.setattr(Backbone, "logits", counting)
+    method.prepare(EXAMPLES)
+    pretraining._losses(method, [Asked(n, "Again!") for n in range(3)], EXAMPLES)
+    assert rows == [len(token_ids(tiny_tokenizer(), example.context)) + 1 for example in EXAMPLES]
+
+
 def test_exact_prefix_of_generation_is_that_of_teacher_forcing(
     methods: dict[str, Method], tiny_backbone_folder: str, tmp_path: Path
 ) -> None:

@@ -104,6 +104,8 @@ def test_shares_and_lengths_are_counted() -> None:
     ]
     found = summarise_answers(rows, bounds=(10, 20))
     assert (found["right"], found["wrong"], found["questions"], found["contexts"]) == (25.0, 50.0, 4, 3)
+    # Of the contexts drawn, a has one of two right and wrong, b none, c one wrong: from all b to all a or all c.
+    assert (found["intervals"]["right"], found["intervals"]["wrong"]) == ([0.0, 50.0], [0.0, 100.0])
     assert {bound: group["questions"] for bound, group in found["lengths"].items()} == {"10": 2, "20": 2}
     assert {turn: group["f1"] for turn, group in found["turns"].items()} == {"1": 50.0, "2": 0.0}
 

@@ -205,8 +205,8 @@ def _score_table(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         for source, found in run.summary["sources"].items():
             for method, scores in found["methods"].items():
-                cells = [with_interval(scores, name) for name in ("em", "f1", "rouge_1", "rouge_2", "rouge_l")]
-                cells += [f"{scores['right']:.1f}", f"{scores['wrong']:.1f}", f"{scores['questions']:,}", f"{scores['cut']:,}"]
+                cells = [with_interval(scores, name) for name in ("em", "f1", "rouge_1", "rouge_2", "rouge_l", "right", "wrong")]
+                cells += [f"{scores['questions']:,}", f"{scores['cut']:,}"]
                 seconds, size = scores["seconds"], scores["adapter_bytes"]
                 cells += [f"{seconds[part]:.3g}" if size else "" for part in ("encode_context", "encode_adapter")]
                 cells += [f"{seconds['answer_question']:.3g}"]

@@ -37,12 +37,12 @@ def summarise_answers(rows: Sequence[Row], *, bounds: Sequence[int]) -> dict[str
     for name in ANSWER_SCORES:
         estimate = interval(totals(rows, name))
         result[name], intervals[name] = estimate.value, [estimate.low, estimate.high]
-    count = len(rows)
+    for name, f1 in (("right", 1.0), ("wrong", 0.0)):
+        estimate = interval(totals(({"id": row["id"], name: row["f1"] == f1} for row in rows), name))
+        result[name], intervals[name] = estimate.value, [estimate.low, estimate.high]
     result |= {
         "intervals": intervals,
-        "right": 100 * sum(row["f1"] == 1.0 for row in rows) / count,
-        "wrong": 100 * sum(row["f1"] == 0.0 for row in rows) / count,
-        "questions": count,
+        "questions": len(rows),
         "contexts": len({row["id"] for row in rows}),
         "cut": sum(row["cut"] for row in rows),
         "turns": grouped(rows, lambda row: row["turn"] + 1, ("em", "f1", "rouge_l")),
