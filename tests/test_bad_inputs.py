@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gzip
+import io
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -15,7 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from shine.config import SourceConfig
+from shine.data.examples import Turn
 from shine.data.sources import READERS, read_source
+from shine.data.sources.json_lists import list_items
 from shine.data.tally import Tally
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -189,6 +193,50 @@ def test_an_item_of_any_depth_is_refused_or_counted(tmp_path: Path) -> None:
     assert tally.skipped == {"malformed": 1}
 
 
+TEXTS = [
+    rb"q",
+    b"caf\xc3\xa9 \xf0\x9f\x98\x80",
+    rb"\ud83d\ude00 \\ud800 \" \\\\",
+    rb"\u00e9\ud83d\udE00\ud83d\ude00",
+    rb"\\\ud83d\ude00",
+]
+NO_TEXTS = [b"\xe9", b"\xf0\x9f\x98", rb"\ud800", rb"\uDE00\ud83d", rb"\ud83d\ud83d\ude00", rb"\\\ud83dx", rb"\ud83d\n"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 64, 65536])
+def test_a_list_gives_the_items_that_lines_would_however_it_is_cut_into_pieces(size: int) -> None:
+    """Each text as the standard library reads it; what that refuses, or takes for half a character, is refused here."""
+    texts = [text for pair in itertools.zip_longest(TEXTS * 2, NO_TEXTS, fillvalue=b"deadbeef") for text in pair]
+
+    class Pieces(io.BytesIO):
+        def read(self, _: int | None = -1) -> bytes:
+            return super().read(size)
+
+    found = list(list_items(Pieces(b"[" + b",".join(b'{"%s": ["%s"]}' % (text, text) for text in texts) + b"]")))
+    assert len(found) == len(texts)
+    for item, text in zip(found, texts, strict=True):
+        try:
+            said = json.loads(b'"' + text + b'"')
+            said.encode("utf-8")
+        except ValueError:
+            assert isinstance(item, ValueError)
+            assert text in NO_TEXTS
+        else:
+            assert item == {said: [said]}
+
+
+@pytest.mark.parametrize("bad", [b'"caf\xe9"', rb'"\ud800"'])
+def test_items_that_are_no_text_are_counted_and_the_others_read(tmp_path: Path, bad: bytes) -> None:
+    file = tmp_path / "f.json"
+    file.write_bytes(b"[" + b",\n".join([ROW, ROW.replace(b'"q"', bad), ROW, ROW.replace(b'"a"', bad), ROW] * 400) + b"]")
+    tally = Tally()
+    found = list(read_source(SourceConfig("conversations", str(file), malformed="skip"), tally=tally))
+    assert len(found) == 1200
+    assert {example.turns for example in found} == {(Turn("q", ("a",)),)}
+    assert tally.skipped == {"malformed": 800}
+    assert f"{file}, item 2: not" in tally.first_skipped["malformed"]
+
+
 def without_line_2(file: Path) -> Path:
     lines = file.read_text().splitlines(keepends=True)
     # A name of its own in the same folder, so that ids made of places differ in nothing but the folder's file.
@@ -213,7 +261,10 @@ FILES: list[tuple[str, bytes, str]] = [
     ("f.jsonl", lines(ROW, ROW[:-1] + b', "n": ' + b"1" * 5000 + b"}"), "f.jsonl:2: not JSON .*integer string"),
     ("f.json", b"[" + ROW + b"," + ROW[:-5], "f.json: damaged after item 1"),
     ("f.json", b"[" + ROW + b" " + ROW + b"]", "f.json: damaged after item 1"),
-    ("f.json", b"[" + ROW + b',"caf\xe9"]', "f.json: damaged after item 1"),
+    ("f.json", b"[" + ROW + b',"caf\xe9"]', "f.json, item 2: not UTF-8; save the file as UTF-8"),
+    ("f.json", b"[" + ROW + b"," + ROW.replace(b'"q"', b'"\\ud800"') + b"]", "f.json, item 2: not JSON .*surrogates not allowed"),
+    ("f.json", b"[" + ROW + b",\xe9]", r"f.json: damaged after item 1 \(lexical error: invalid char in json text\)"),
+    ("f.json", b"[" + ROW + b",]", r"f.json: damaged after item 1 \(parse error: [a-zA-Z ]+\)"),
     ("f.json", b"[" + ROW + b",5]", "f.json, item 2: 5 is not a JSON object"),
     ("f.jsonl.gz", gzip.compress(lines(ROW) * 5000)[:-200], "f.jsonl.gz: damaged after line [1-9]"),
     ("f.jsonl.gz", b"no gzip at all", "f.jsonl.gz: damaged after its beginning"),

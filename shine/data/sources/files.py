@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shine.config import SourceConfig
+from shine.data.sources.json_lists import list_items
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
@@ -190,9 +191,10 @@ def _parquet_rows(file: Path, *, kind: str, wanted: Sequence[str], needed: Seque
 def _json_list_rows(file: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     with _damage_named(file, lambda: f"item {number}"), _opened(file) as stream:
-        for row in ijson.items(_without_mark(stream), "item", use_float=True):
+        for row in list_items(_without_mark(stream)):
             number += 1
-            yield f"{file}, item {number}", row
+            place = f"{file}, item {number}"
+            yield place, ValueError(f"{place}: {row}") if isinstance(row, ValueError) else row
 
 
 def _line_rows(file: Path, parse: Callable[[str, str], Any], *, skip_blank: bool) -> Iterator[tuple[str, Any]]:
@@ -260,4 +262,6 @@ def _damage_named(file: Path, after: Callable[[], str], *more: type[Exception]) 
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    # The parser of JSON lists says it in bytes.
+    said = error.args[0].decode("utf-8", "replace") if error.args and isinstance(error.args[0], bytes) else str(error)
+    return next((line.strip().rstrip(".") for line in said.splitlines() if line.strip()), type(error).__name__)
