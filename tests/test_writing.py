@@ -18,6 +18,7 @@ import pytest
 import yaml
 from conftest import tiny_tokenizer
 from openai_server import Behaviour, Call, OpenAIServer, Refuse, Say, openai_server
+from runs import run_script
 
 from shine.cli.collect import load
 from shine.config import RemoteConfig, SourceConfig, parse
@@ -254,6 +255,26 @@ def script(folder: Path, server: OpenAIServer, *more: str, count: int = 12) -> t
     command = [sys.executable, str(ROOT / "generate_data" / "generate_conversations.py"), "--config", str(folder / "config.yaml")]
     command += ["--output", str(folder / "out" / "c.json"), "--tokenizer", str(folder / "tokenizer"), *more]
     return command, {**os.environ, **server.environment, "PYTHONPATH": str(ROOT)}
+
+
+def test_the_script_writes_checks_and_says_what_it_came_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(monkeypatch) as server:
+        command, _ = script(tmp_path, server, "--yes", count=3)
+        assert run_script("generate_conversations.py", *command[2:]) == 0
+        assert len(server.calls) == 3 + 9 + 9
+        # Once more: nothing is left to ask.
+        assert run_script("generate_conversations.py", *command[2:]) == 0
+        assert len(server.calls) == 3 + 9 + 9
+    out = capsys.readouterr().out
+    assert out.count("3 contexts, 9 pairs written: 3 kept, 3 not supported by their context, 3 known without it") == 2
+    # At 1000 a million tokens read.
+    assert f"{3 * 100 + 9 * 50 + 9 * 20:,} tokens read, {3 * 30 + 9 * 5 + 9 * 4} written, cost 0.93" in out
+    items = json.loads((tmp_path / "out" / "c.json").read_text())
+    assert [message["content"][:10] for item in items for message in item["conversations"]] == ["Where is X", "in Arlow"] * 3
+    # One token a byte, which all of these characters are.
+    assert all(item["contextlen"] == len(item["context"]) for item in items)
 
 
 @pytest.mark.slow
