@@ -6,7 +6,6 @@ the gradient of their inputs; trained ones 6; activation checkpointing adds 2 fo
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -127,12 +126,8 @@ def _frozen_bytes(backbone: Backbone) -> tuple[int, int]:
 
 
 def _look_at(samples: StageSamples, most: int) -> list[Sample]:
-    tally = copy.deepcopy(samples.tally)
     every = max(len(samples) // most, 1)
-    found = [samples.sample(index, epoch=0) for index in range(0, len(samples), every)[:most]]
-    # What is only looked at is not drawn.
-    samples.tally = tally
-    return found
+    return [samples.sample(index, epoch=0) for index in range(0, len(samples), every)[:most]]
 
 
 def _sample_flops(backbone: Backbone, hypernetwork: Hypernetwork, sample: Sample) -> float:
