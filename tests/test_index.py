@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -132,6 +133,25 @@ def test_other_code_makes_the_index_again(source: SourceConfig, monkeypatch: pyt
     monkeypatch.setattr("shine.data.build.code_fingerprint", lambda: "changed")
     build(source, said=said)
     assert len(said) == 2
+
+
+def test_the_code_that_counts_is_what_the_samples_import() -> None:
+    """Followed from the two modules that `shine.data.build` asks, as far as it lies in the room of data."""
+    room = Path(index.__file__).parent
+    seen, ahead = set(), ["samples", "sources/__init__"]
+    while ahead:
+        name = ahead.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for node in ast.walk(ast.parse((room / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("shine.data."):
+                path = str(node.module).removeprefix("shine.data.").replace(".", "/")
+                ahead.append(path if (room / f"{path}.py").exists() else f"{path}/__init__")
+    assert {name for name in seen if not name.startswith("sources/")} == set(index.SAMPLE_CODE)
+    assert {name.removeprefix("sources/") for name in seen if name.startswith("sources/")} == {
+        file.stem for file in (room / "sources").glob("*.py")
+    }
 
 
 def test_a_tokenizers_fingerprint_does_not_change_with_its_use() -> None:
