@@ -87,26 +87,25 @@ def _texts(count: int) -> Iterator[str]:
 def stream_texts(folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Pretraining batches of the published size: how fast one core makes them, and how long a step waits for the next one."""
     stage = StageConfig("pretrain", 1141, 1150, learning_rate=1e-4, warmup_steps=0, batch_size=32, length_window=16)
-    sources = {"texts": SourceConfig("text", folder)}
+    sources = {"texts": SourceConfig("text", folder, limit=1000)}
     samples = build_samples(sources, "sources", tokenizer, stage, task_tokens=TASKS, seed=0)
     stream = SampleStream(samples, stage.batch_size, seed=0, window=stage.length_window)
-    tokens, started = 0, time.perf_counter()
+    tokens, started = 0, time.process_time()
     for _ in range(STEPS):
         tokens += collate(next(stream), pad_id=tokenizer.pad_token_id or 0).tokens
-    seconds = time.perf_counter() - started
-    print(f"pretraining, batches of {stage.batch_size}: {tokens / seconds:,.0f} tokens/s, {seconds / STEPS:.2f} s each")
-    for times in (0.5, 1.5):
-        step = times * seconds / STEPS
-        print(f"a step of {step:.2f} s beside it waits {_waited(samples, stage, step=step):.3f} s for its batch")
+    seconds = time.process_time() - started
+    print(f"pretraining, batches of {stage.batch_size}: {tokens / seconds:,.0f} tokens/s of one core, {seconds / STEPS:.2f} s each")
+    waits = [_waited(samples, stage, ahead=ahead) for ahead in (True, False)]
+    print(f"a step of 1 s on another device waits {waits[0]:.4f} s for its batch ({waits[1]:.4f} s were it not made ahead)")
 
 
-def _waited(samples: StageSamples, stage: StageConfig, *, step: float) -> float:
-    """Mean seconds that a step of ``step`` seconds, which leaves the processor alone as a GPU's does, waits for its batch."""
-    stream = SampleStream(samples, stage.batch_size, seed=0, window=stage.length_window, ahead=True)
+def _waited(samples: StageSamples, stage: StageConfig, *, ahead: bool) -> float:
+    """Mean seconds that a step of one second, which leaves the processor alone, waits for its batch."""
+    stream = SampleStream(samples, stage.batch_size, seed=0, window=stage.length_window, ahead=ahead)
     next(stream)
     waited = 0.0
     for _ in range(STEPS):
-        time.sleep(step)
+        time.sleep(1)
         started = time.perf_counter()
         next(stream)
         waited += time.perf_counter() - started
