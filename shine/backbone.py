@@ -27,15 +27,56 @@ from transformers import GenerationConfig, PreTrainedModel
 from shine.lora import LinearShape, LoRA
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears that a Llama-like layer gives the same tensor; where one does not, they are computed apart."""
 
 
 class _Wearing(threading.local):
-    """What this thread wears: ``pass_lora`` from now on, ``layer_lora`` inside a layer's call; ``tap`` collects states."""
+    """What this thread wears: ``pass_lora`` from now on, ``layer`` inside a layer's call; ``tap`` collects states."""
 
     pass_lora: LoRA | None = None
-    layer_lora: LoRA | None = None
+    layer: _LayerLoRA | None = None
     tap: list[Tensor] | None = None
     tap_tokens: int = 0
+
+
+class _LayerLoRA:
+    """What one decoder layer wears during one call.
+
+    Linears with the same input (query, key and value; gate and up) have their ``A`` side by side in one product: one reading of
+    the input, and in the backward pass one gradient to add instead of three.
+    """
+
+    def __init__(self, lora: LoRA) -> None:
+        self._lora = lora
+        self._input: Tensor | None = None
+        self._projected: dict[str, Tensor] = {}
+
+    def add(self, path: str, group: tuple[str, ...], x: Tensor, output: Tensor) -> Tensor:
+        """``output + (x A) B`` for the linear at ``path``, in place where autograd allows it; ``group`` shares ``x``."""
+        b = self._lora[path][1].to(output.dtype)
+        projected = self._project(path, group, x)
+        if b.shape[0] == 1:
+            return output.view(-1, output.shape[-1]).addmm_(projected.flatten(0, -2), b.squeeze(0)).view_as(output)
+        rows = output.view(b.shape[0], -1, output.shape[-1])
+        return rows.baddbmm_(projected, b).view_as(output)
+
+    def _project(self, path: str, group: tuple[str, ...], x: Tensor) -> Tensor:
+        """``x A`` of the linear at ``path``: ``[tokens, r]`` under one adapter for all, else ``[adapters, tokens, r]``."""
+        if self._input is not x or path not in self._projected:
+            pairs = [self._lora[name][0].to(x.dtype) for name in group]
+            a = torch.cat(pairs, dim=2) if len(pairs) > 1 else pairs[0]
+            if a.shape[0] == 1:
+                together = x.flatten(0, -2) @ a.squeeze(0)
+            else:
+                if x.shape[0] % a.shape[0]:
+                    raise ValueError(
+                        f"a batch of {x.shape[0]} cannot wear {a.shape[0]} adapters: give one per sample, or a multiple of them"
+                    )
+                together = x.reshape(a.shape[0], -1, x.shape[-1]) @ a
+            self._input = x
+            self._projected = dict(zip(group, together.split([pair.shape[2] for pair in pairs], dim=-1), strict=True))
+        return self._projected[path]
 
 
 class Backbone:
@@ -212,7 +253,9 @@ class Backbone:
                     "(experts?): SHINE needs one of each; set hypernetwork.targets to others"
                 )
             for name in targets:
-                linears[name].register_forward_hook(functools.partial(self._add_update, prefixes[id(linears[name])]))
+                together = next((names for names in SAME_INPUT if name in names), (name,))
+                group = tuple(prefixes[id(linears[other])] for other in together if other in targets)
+                linears[name].register_forward_hook(functools.partial(self._add_update, prefixes[id(linears[name])], group))
             shapes.append(
                 tuple(LinearShape(prefixes[id(linears[n])], linears[n].in_features, linears[n].out_features) for n in targets)
             )
@@ -222,12 +265,12 @@ class Backbone:
         lora = self._wearing.pass_lora
 
         def run(hidden: Tensor) -> Tensor:
-            before = self._wearing.layer_lora
-            self._wearing.layer_lora = lora
+            before = self._wearing.layer
+            self._wearing.layer = None if lora is None else _LayerLoRA(lora)
             try:
                 return forward(hidden, *args, **kwargs)
             finally:
-                self._wearing.layer_lora = before
+                self._wearing.layer = before
 
         if self.activation_checkpointing and torch.is_grad_enabled():
             output = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
@@ -238,16 +281,8 @@ class Backbone:
             self._wearing.tap.append(output[:, -self._wearing.tap_tokens :].clone())
         return output
 
-    def _add_update(self, path: str, _linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        lora = self._wearing.layer_lora
-        if lora is None:
-            return None
-        a, b = (weight.to(output.dtype) for weight in lora[path])
-        if a.shape[0] == 1:
-            x = args[0].flatten(0, -2)
-            return torch.addmm(output.flatten(0, -2), x @ a[0], b[0]).view_as(output)
-        samples = args[0].shape[0]
-        if samples % a.shape[0]:
-            raise ValueError(f"a batch of {samples} cannot wear {a.shape[0]} adapters: give one per sample, or a multiple of them")
-        x = args[0].reshape(a.shape[0], -1, args[0].shape[-1])
-        return torch.baddbmm(output.reshape(a.shape[0], -1, output.shape[-1]), x @ a, b).view_as(output)
+    def _add_update(
+        self, path: str, group: tuple[str, ...], _linear: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor | None:
+        worn = self._wearing.layer
+        return None if worn is None else worn.add(path, group, args[0], output)

@@ -20,6 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from shine import attention
 from shine.backbone import Backbone
 from shine.config import HypernetworkConfig, M2PConfig
 
@@ -50,8 +51,11 @@ def tiny_model(kind: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = torch
         "bos_token_id": None,
         "eos_token_id": 2,
         "pad_token_id": 0,
+        # What `load_backbone` takes on a CPU.
+        "attn_implementation": attention.NAME,
         **extra,
     }
+    attention.register()
     torch.manual_seed(seed)
     model = model_class(config_class(**values))
     for name, parameter in model.named_parameters():
