@@ -98,13 +98,14 @@ class Backbone:
         # What a checkpoint suggests (sampling, repetition penalties) would make greedy answers something else.
         model.generation_config = GenerationConfig()
         self.activation_checkpointing = activation_checkpointing
+        self._targets = tuple(targets)
         self._wearing = _Wearing()
         if not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
             raise ValueError(
                 f"{type(model).__name__} keeps its decoder layers elsewhere than in .layers: SHINE needs a Llama-like model"
             )
         self.layers = cast(nn.ModuleList, model.base_model.layers)
-        self.linear_shapes = self._hook_linears(tuple(targets))
+        self.linear_shapes = self._hook_linears(self._targets)
         self._check_logits()
         for layer in self.layers:
             layer.forward = functools.partial(self._layer_forward, layer.forward)
@@ -220,6 +221,33 @@ class Backbone:
                 **options,
             )
         return tokens[:, input_ids.shape[1] :]
+
+    @torch.no_grad()
+    def merged(self, lora: LoRA) -> Backbone:
+        """A second backbone with ``lora`` inside its weights, for many questions about one context.
+
+        It holds its own weights of the linears that ``lora`` touches and shares all others. The sum of weight and update is rounded
+        to the backbone's dtype, so in bfloat16 answers are not to the last bit those of wearing it.
+
+        Raises:
+            ValueError: ``lora`` holds more than one adapter, or the weights are quantised.
+        """
+        if lora.batch != 1:
+            raise ValueError(f"these are {lora.batch} adapters: merge one of them, lora.select([i])")
+        state = self.model.state_dict()
+        for path, (a, b) in lora.items():
+            weight = state[f"{path}.weight"]
+            if not weight.is_floating_point():
+                raise ValueError(f"{path} is quantised: wear the adapter instead of merging it")
+            update = (a[0].to(weight.device, torch.float32) @ b[0].to(weight.device, torch.float32)).mT
+            state[f"{path}.weight"] = (weight + update).to(weight.dtype)
+        with torch.device("meta"):
+            twin = type(self.model)(self.model.config)
+        twin.load_state_dict(state, assign=True)
+        for name, buffer in self.model.named_buffers():
+            owner, _, last = name.rpartition(".")
+            setattr(twin.get_submodule(owner), last, buffer)
+        return Backbone(twin, targets=self._targets)
 
     @torch.no_grad()
     def _check_logits(self) -> None:
