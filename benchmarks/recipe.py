@@ -73,6 +73,7 @@ def _logits_of_the_context(backbone: Backbone) -> Iterator[None]:
     """Project whatever leaves the backbone onto the vocabulary, as calling the whole model does."""
 
     def project(_module: nn.Module, _args: object, output: BaseModelOutputWithPast) -> None:
+        assert output.last_hidden_state is not None
         backbone.logits(output.last_hidden_state)
 
     handle = backbone.model.base_model.register_forward_hook(project)

@@ -1,8 +1,8 @@
 """Attention in blocks of queries, made of plain matrix products: what a CPU does fastest.
 
-PyTorch's fused attention on a CPU runs far below the rate of the matrix products it is made of, the more so in the backward pass and
-under a padding mask (``docs/performance.md``). Here each block of queries sees only the keys up to its end, so that nothing above
-the causal diagonal is computed but in the block on it.
+PyTorch's fused attention on a CPU runs far below the rate of the matrix products it is made of, the more so in the backward pass
+and under a padding mask (``docs/performance.md``). Here each block of queries sees only the keys up to its end, so that nothing
+above the causal diagonal is computed but in the block on it.
 
 `register` makes it known to transformers as the ``attn_implementation`` called ``blocks``.
 """

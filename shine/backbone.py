@@ -244,6 +244,7 @@ class Backbone:
         with torch.device("meta"):
             twin = type(self.model)(self.model.config)
         twin.load_state_dict(state, assign=True)
+        twin.tie_weights()
         for name, buffer in self.model.named_buffers():
             owner, _, last = name.rpartition(".")
             setattr(twin.get_submodule(owner), last, buffer)

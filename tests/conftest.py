@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -88,6 +90,18 @@ def tiny_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=list(special[1:])
     )
+
+
+def counted_flops(run: Callable[[], object]) -> int:
+    """What PyTorch counts in the matrix products of ``run``, those in place included, which it leaves out by itself."""
+
+    def product(_sum: Sequence[int], a: Sequence[int], b: Sequence[int], **_: Any) -> int:
+        return 2 * math.prod(a) * b[-1]
+
+    mapping = {torch.ops.aten.addmm_: product, torch.ops.aten.baddbmm_: product}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        run()
+    return int(counter.get_total_flops())
 
 
 @pytest.fixture
