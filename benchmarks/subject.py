@@ -61,10 +61,9 @@ def load(name: str, *, device: str = "auto", precise: bool = False, activation_c
     config = configured(TrainConfig, "train", [f"experiment={experiment}", "output=none"])
     attention.register()
     with without_progress_bars():
-        model = _with_weights(name) if name in EXPERIMENTS else _with_random_weights(name, place)
+        model: Any = _with_weights(name) if name in EXPERIMENTS else _with_random_weights(name, place)
     twin = copy.deepcopy(model).float() if precise else None
-    model = model.to(dtype=torch.bfloat16)
-    torch.nn.Module.to(model, place)
+    model = model.to(place, torch.bfloat16)
     model.set_attn_implementation(attention.NAME if place.type == "cpu" else "sdpa")
     plain = functools.partial(_same_weights, _same_weights(model.eval().requires_grad_(False)))
     targets = config.hypernetwork.targets
