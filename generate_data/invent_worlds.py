@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shine.data.collection import written_beside
 from shine.data.stories import Story
 from shine.data.worlds import World
+from shine.files import file_written_beside
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def main() -> int:
         if kind == "worlds" and (odd := sorted(set(given) - {"people", "facts", "seed"})):
             raise ValueError(f"--{odd[0]} belongs to stories: leave it out, or --kind stories")
         examples = (Story(**given) if kind == "stories" else World(**given)).examples(count)
-        with written_beside(output) as stream:
+        with file_written_beside(output) as stream:
             for example in examples:
                 turns = [{"question": turn.question, "answers": turn.answers, "kind": turn.kind} for turn in example.turns]
                 row = {"id": example.id, "context": example.context, "turns": turns}

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and where those lie that can be made again."""
+"""Files and folders that appear whole or not at all, and where those lie that can be made again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def cache_folder() -> Path:
@@ -34,6 +35,21 @@ def written_beside(directory: Path) -> Iterator[Path]:
         _flush(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def file_written_beside(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name only when the block ends well and its content is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

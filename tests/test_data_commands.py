@@ -12,6 +12,8 @@ from test_bad_inputs import GOOD
 from shine.cli.main import main
 from shine.cli.sources import parse_source
 from shine.config import SourceConfig
+from shine.data.worlds import World
+from shine.zoo import load_tokenizer, resolve
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,7 @@ def test_inspect_prints_five_examples_with_their_labels_marked(tmp_path: Path, c
     out = capsys.readouterr().out
     marked = [line for line in out.splitlines() if line.startswith("⟦")]
     assert len(marked) == 5
-    assert all(line.endswith("<|im_end|>") for line in marked)
+    assert all(line.endswith("<|im_end|>⏎⟧") for line in marked)
     assert out.count("world-3-") == 5
     assert out.count("<|im_start|>user") == 5
     assert "⟦<|im_start|>" not in out
@@ -66,6 +68,7 @@ def test_inspect_counts_what_a_stage_would_cut(tmp_path: Path, capsys: pytest.Ca
     assert 0 < found["contexts_cut"] < 50
     assert found["context_max"] > 25 >= found["context_mean"] - 15
     assert found["skipped"] == {}
+    assert (found["contexts"], found["questions"]) == (50, sum(len(example.turns) for example in World(seed=3).examples(50)))
 
 
 def test_inspect_of_plain_texts_shows_them_as_pretraining_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,6 +79,12 @@ def test_inspect_of_plain_texts_shows_them_as_pretraining_does(tmp_path: Path, c
     assert "skipped                 1 (empty context)" in out
     assert "stage                   pretrain" in out
     assert "⟦" in out
+    # Before they are put together into one sample.
+    counts = [len(load_tokenizer(resolve("cpu-world")).tokenize(text)) for text in ("Abro lives in Arlow .", "Imre is a cook .")]
+    assert "texts                   2" in out
+    assert f"text mean               {sum(counts) / 2}" in out
+    assert f"text max                {max(counts)}" in out
+    assert "samples                 1" in out
 
 
 def test_inspect_of_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,10 @@ from typing import Any
 
 import pytest
 from conftest import tiny_tokenizer
+from filelock import FileLock
 from test_samples import stage
 
+from shine.cli.main import main
 from shine.config import SourceConfig, TaskTokens
 from shine.data import index
 from shine.data.build import build_samples
@@ -182,6 +186,99 @@ def test_threads_that_ask_at_once_wait_for_one_builder() -> None:
     assert built == [1]
     assert len(found) == 4
     assert all(noted == {"number": 1} and (folder / "file").exists() for folder, noted in found)
+
+
+HOLDER = """
+import sys
+from conftest import tiny_tokenizer
+from test_samples import stage
+from shine.config import SourceConfig, TaskTokens
+from shine.data.build import build_samples
+source = SourceConfig("jsonl", sys.argv[1])
+samples = build_samples({"mine": source}, "data.train", tiny_tokenizer(), stage("mqa"), task_tokens=TaskTokens(), seed=0)
+print("open", flush=True)
+sys.stdin.readline()
+print(samples.sample(4, epoch=0).id, flush=True)
+"""
+
+
+def in_another_process(program: str, source: SourceConfig) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", program, str(source.path)]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_indexes_are_listed_and_what_a_process_has_open_is_not_removed(
+    source: SourceConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running = in_another_process(HOLDER, source)
+    assert running.stdout is not None
+    while running.stdout.readline() != "open\n":
+        assert running.poll() is None
+    (found,) = index.list_indexes()
+    assert found.whole
+    assert found.sources == (f"jsonl:{source.path}",)
+    assert found.size == sum(file.stat().st_size for file in found.folder.iterdir())
+    assert main(["data", "indexes"]) == 0
+    out = capsys.readouterr().out
+    assert found.folder.name in out
+    assert f"jsonl:{source.path}" in out.replace("\n", "")
+    assert main(["data", "indexes", "--prune", "0"]) == 0
+    assert f"0 indexes removed, 0 B\nleft: {found.folder.name}" in capsys.readouterr().out
+    # It can still be read there, and is gone once the process is.
+    assert running.communicate("go on\n", timeout=60)[0].strip().endswith("mine.jsonl:5")
+    assert main(["data", "indexes", "--prune", "0", "--json"]) == 0
+    assert [row["folder"] for row in json.loads(capsys.readouterr().out)["removed"]] == [str(found.folder)]
+    assert index.list_indexes() == []
+    assert [path.suffix for path in index.index_folder().iterdir()] == [".lock"]
+    said: list[str] = []
+    assert len(build(source, said=said)) == 5
+    assert len(said) == 1
+
+
+def test_only_what_was_not_used_for_long_is_removed(tmp_path: Path) -> None:
+    now, day = time.time(), 86_400
+    for name, days in (("aa", 40), ("bb", 20), (".cc.7.partial", 40), (".dd.7.partial", 20)):
+        folder = index.index_folder() / name
+        folder.mkdir(parents=True)
+        (folder / index.META_FILE).write_text(json.dumps({"key": {"stage": ["mqa", 9, 9], "sources": []}, "noted": {}}))
+        os.utime(folder / index.META_FILE, (now - days * day,) * 2)
+    # Somebody still writes this old one.
+    with FileLock(index.index_folder() / "cc.lock"):
+        removed, left = index.prune(30 * day, now=now)
+    assert [[found.folder.name for found in part] for part in (removed, left)] == [["aa"], [".cc.7.partial"]]
+    assert [found.folder.name for found in index.prune(30 * day, now=now)[0]] == [".cc.7.partial"]
+    assert [found.folder.name for found in index.list_indexes()] == ["bb", ".dd.7.partial"]
+
+
+def test_an_index_that_is_removed_while_it_is_opened_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between looking and holding, many times over."""
+    made: list[int] = []
+
+    def make(folder: Path) -> dict[str, int]:
+        made.append(1)
+        (folder / "file").write_text("x")
+        return {}
+
+    name = "import sys; from shine.data import index; index.prune(0, now=float('inf'))"
+    real, calls = os.open, []
+
+    def slow(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        descriptor = real(path, flags, *arguments, **options)
+        if Path(str(path)).parent == index.index_folder() and Path(path).is_dir() and not calls:
+            calls.append(1)
+            subprocess.run([sys.executable, "-c", name], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+        return descriptor
+
+    index.indexed({"key": 2}, make, say=lambda line: None)
+    for held in list(index._held.values()):
+        os.close(held)
+    index._held.clear()
+    monkeypatch.setattr("shine.data.index.os.open", slow)
+    folder, _ = index.indexed({"key": 2}, make, say=lambda line: None)
+    assert len(made) == 2
+    assert (folder / "file").exists()
+    assert calls == [1]
 
 
 PROCESS = """

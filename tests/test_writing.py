@@ -146,6 +146,32 @@ def test_failures_are_counted_kept_apart_and_asked_again_by_the_next_run(tmp_pat
     assert server.calls == []
 
 
+def test_what_failed_requests_cost_is_counted_in_this_run_and_in_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the sum of what the server itself says it charged."""
+    charged: list[int] = []
+
+    def failing(call: Call, attempt: int) -> Behaviour:
+        if "{number2}" in call.text and call.text.startswith("WRITE"):
+            said: Behaviour = Say('{"pairs": []}', usage={"prompt_tokens": 1000, "completion_tokens": 7})
+        else:
+            said = model(call, attempt)
+        assert isinstance(said, Say)
+        assert said.usage is not None
+        charged.append(said.usage["prompt_tokens"])
+        return said
+
+    config, output = writing(tmp_path), tmp_path / "c.json"
+    for _ in range(2):
+        with serving(monkeypatch, failing):
+            assert write(config, output).usage.prompt_tokens == sum(charged)
+    # Two attempts in each of two runs.
+    assert charged.count(1000) == 4
+    with serving(monkeypatch):
+        report = write(config, output)
+    assert report.failures == {"writing": 0, "support": 0, "recall": 0}
+    assert report.usage.prompt_tokens == sum(charged) + 100 + 3 * (50 + 20)
+
+
 def test_the_estimate_says_what_is_left_and_grows_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, output = writing(tmp_path, 40), tmp_path / "c.json"
     ahead = estimate(config, output)

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from shine.config import parse
 from shine.data.collection import build_collection, check_output, check_parts, without_parts
-from shine.data.histograms import plot_lengths
+from shine.data.histograms import draw_lengths
 from shine.data.plans import CollectionConfig
 
 
@@ -31,7 +31,7 @@ def run(name: str, *, output: str, description: str, argv: Sequence[str] | None 
         check_parts(collection)
         check_output(args.output)
         reports = build_collection(collection, args.output, tokens=token_counter(args.tokenizer), say=_say)
-        plot_lengths(reports, f"{args.output}.lengths.png")
+        draw_lengths({name: report.lengths for name, report in reports.items()}, f"{args.output}.lengths.png")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

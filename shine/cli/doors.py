@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
+from omegaconf import OmegaConf
 
 import shine
 from shine.config import parse, unknown_key
@@ -54,13 +56,33 @@ def plain_refusals(kind: type) -> Iterator[None]:
     sys.argv[1:] = _name_custom_backbones(sys.argv[1:])
     try:
         yield
-    except OverrideParseException as error:
-        _give_up(f"{error.override}: not understood; quote it for the shell, as in 'a.b=[1, 2]'")
     except HydraException as error:
-        key = getattr(error.__cause__, "full_key", None)
-        if isinstance(error, ConfigCompositionException) and key:
-            _give_up(unknown_key(kind, key))
-        _give_up(str(error).partition("\nConfig search path:")[0])
+        _give_up(_refusal(kind, error))
+
+
+def composed(kind: type[T], door: str, overrides: Sequence[str]) -> T:
+    """The configuration that a door would get with these words after its name, for commands that are no door themselves.
+
+    Raises:
+        ValueError: Hydra or `shine.config.parse` refuses them, or SHINE is installed without its clone, which holds ``configs/``.
+    """
+    if not CONFIGS.is_dir():
+        raise ValueError(f"there is no {CONFIGS}: run this in a clone of SHINE, which holds the configurations")
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            values: Any = OmegaConf.to_container(compose(door, overrides=list(_name_custom_backbones(overrides))), resolve=True)
+    except HydraException as error:
+        raise ValueError(_refusal(kind, error)) from None
+    return parse(kind, values)
+
+
+def _refusal(kind: type, error: HydraException) -> str:
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not understood; quote it for the shell, as in 'a.b=[1, 2]'"
+    key = getattr(error.__cause__, "full_key", None)
+    if isinstance(error, ConfigCompositionException) and key:
+        return unknown_key(kind, key)
+    return str(error).partition("\nConfig search path:")[0]
 
 
 def _name_custom_backbones(overrides: Sequence[str]) -> Iterator[str]:

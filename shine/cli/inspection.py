@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
@@ -20,6 +20,8 @@ from shine.chat import IGNORE, prepare_tokenizer, token_counter
 from shine.cli.sources import parse_source
 from shine.config import StageConfig, StageName, TaskTokens
 from shine.data.build import samples_of
+from shine.data.examples import Example
+from shine.data.histograms import Lengths, draw_lengths
 from shine.data.samples import Sample, StageSamples
 from shine.data.sources import read_named
 from shine.data.tally import Tally
@@ -61,13 +63,16 @@ def inspect(
     # Answers are shown whole; texts are grouped to the limits.
     limits = lengths if chosen == "pretrain" else (10**9, 10**9)
     config = StageConfig(chosen, *limits, learning_rate=1.0, warmup_steps=0)
+    seen = _Seen(token_counter(tokenizer) if chosen == "pretrain" else None)
     with tempfile.TemporaryDirectory(prefix="shine-inspect-") as folder:
-        samples = samples_of(itertools.chain(first, examples), tokenizer, config, task_tokens=names, seed=0, folder=Path(folder))
+        samples = samples_of(
+            seen.watch(itertools.chain(first, examples)), tokenizer, config, task_tokens=names, seed=0, folder=Path(folder)
+        )
         shown = [samples.sample(index, epoch=0) for index in range(min(count, len(samples)))]
-        measured = _measure(samples)
+        measured, labels = _measure(samples)
     samples.tally.skipped += skipped.skipped
-    figures: dict[str, Any] = {"source": text, "stage": chosen, **_figures(measured, lengths)}
-    draw_lengths(Path(histogram), measured, lengths, title=f"{text} ({chosen})")
+    figures: dict[str, Any] = {"source": text, "stage": chosen, **seen.figures(), **_figures(measured, labels, lengths)}
+    draw_lengths({"": measured}, histogram, title=f"{text} ({chosen})", limits=lengths, what="samples")
     if as_json:
         print(json.dumps({**figures, "skipped": samples.tally.skipped, "histogram": histogram}, indent=2, ensure_ascii=False))
         return
@@ -85,31 +90,45 @@ def inspect(
     print(f"{'lengths drawn in':24}{histogram}")
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of every sample, ``[N]`` each."""
+class _Seen:
+    """What a source holds, counted as it is read: contexts and questions, or texts with their lengths before they are grouped."""
 
-    context: np.ndarray
-    conversation: np.ndarray
-    labels: np.ndarray
+    def __init__(self, tokens: Callable[[str], int] | None) -> None:
+        self.tokens, self.contexts, self.questions = tokens, 0, 0
+        self.lengths = array("L")
+
+    def watch(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """The same examples."""
+        for example in examples:
+            self.contexts += bool(example.context.strip())
+            self.questions += sum(bool(turn.answers) for turn in example.turns)
+            if self.tokens is not None and example.context.strip():
+                self.lengths.append(self.tokens(example.context))
+            yield example
+
+    def figures(self) -> dict[str, Any]:
+        if self.tokens is None:
+            return {"contexts": self.contexts, "questions": self.questions}
+        return {"texts": self.contexts, "text_mean": round(sum(self.lengths) / self.contexts, 1), "text_max": max(self.lengths)}
 
 
-def _measure(samples: StageSamples) -> Lengths:
+def _measure(samples: StageSamples) -> tuple[Lengths, np.ndarray]:
+    """Lengths and numbers of labels of every sample."""
     found = np.empty((3, len(samples)), dtype=np.int64)
     for index in range(len(samples)):
         sample = samples.sample(index, epoch=0)
         found[:, index] = len(sample.context_ids), len(sample.input_ids), sample.label_count
-    return Lengths(*found)
+    return Lengths(found[0], found[1]), found[2]
 
 
-def _figures(measured: Lengths, lengths: tuple[int, int]) -> dict[str, Any]:
+def _figures(measured: Lengths, labels: np.ndarray, lengths: tuple[int, int]) -> dict[str, Any]:
     return {
         "samples": len(measured.context),
         "context_mean": round(float(measured.context.mean()), 1),
         "context_max": int(measured.context.max()),
         "conversation_mean": round(float(measured.conversation.mean()), 1),
         "conversation_max": int(measured.conversation.max()),
-        "labels_mean": round(float(measured.labels.mean()), 1),
+        "labels_mean": round(float(labels.mean()), 1),
         "contexts_cut": int((measured.context > lengths[0]).sum()),
         "conversations_cut": int((measured.conversation > lengths[1]).sum()),
     }
@@ -125,29 +144,8 @@ def _marked(sample: Sample, tokenizer: PreTrainedTokenizerBase, *, colors: bool)
             if sample.labels[begin] == IGNORE:
                 text.append(piece)
             else:
-                text.append(piece if colors else f"⟦{piece}⟧", style="bold green")
+                # The newline after an answer is a label too: shown, so that the bracket closes on the answer's own line.
+                said = piece.removesuffix("\n")
+                text.append(piece if colors else f"⟦{said}{'⏎' if said != piece else ''}⟧\n", style="bold green")
             begin = end
     return text
-
-
-def draw_lengths(file: Path, measured: Lengths, lengths: tuple[int, int], *, title: str) -> None:
-    """Histograms of context and conversation lengths in tokens, with their means and the limits where these are in sight."""
-    # Without pyplot, which would choose a window system.
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2)
-    found = {"context": measured.context, "conversation": measured.conversation}
-    for axes, (name, values), limit, color in zip(panels, found.items(), lengths, ("#30638e", "#d1495b"), strict=True):
-        # The longest hundredth would squeeze all others together.
-        edge = max(float(np.percentile(values, 99)) * 1.05, 1.0)
-        # Of a whole number of tokens each, so that none is empty by rounding.
-        width = max(round((edge - values.min()) / 40), 1)
-        axes.hist(np.minimum(values, edge), bins=np.arange(values.min(), edge + 2 * width, width), color=color, alpha=0.85)
-        axes.axvline(values.mean(), color="black", linewidth=1.2, label=f"mean {values.mean():,.0f}, most {values.max():,}")
-        if limit <= edge:
-            axes.axvline(limit, color="black", linewidth=1.2, linestyle=":", label=f"limit {limit:,}")
-        axes.set(xlabel=f"{name} tokens", ylabel="samples")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    figure.suptitle(title, fontsize=11)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,9 +19,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from shine.data.examples import Example
+from shine.data.histograms import Lengths
 from shine.data.plans import CollectionConfig, PartConfig
 from shine.data.sources import read_source
 from shine.data.tally import Tally, answerable
+from shine.files import file_written_beside
 
 
 @dataclass
@@ -37,6 +37,11 @@ class PartReport:
     sha256: str = ""
     contexts: array[int] = field(default_factory=lambda: array("I"))
     conversations: array[int] = field(default_factory=lambda: array("I"))
+
+    @property
+    def lengths(self) -> Lengths:
+        """For pictures."""
+        return Lengths(np.asarray(self.contexts), np.asarray(self.conversations))
 
     def summary(self) -> dict[str, Any]:
         """Counts and length statistics, as plain values."""
@@ -71,7 +76,7 @@ def build_collection(
     output = Path(output).expanduser()
     seen: set[int] = set()
     reports = {}
-    with written_beside(output) as stream:
+    with file_written_beside(output) as stream:
         whole = _Hashing(stream)
         whole.write(b"[")
         separator = b"\n"
@@ -108,7 +113,7 @@ def build_collection(
         "items": sum(report.items for report in reports.values()),
         "parts": {name: {**_described(config.parts[name]), **report.summary()} for name, report in reports.items()},
     }
-    with written_beside(_manifest(output)) as stream:
+    with file_written_beside(_manifest(output)) as stream:
         stream.write((json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
     return reports
 
@@ -221,18 +226,3 @@ class _Hashing:
         self.stream.write(content)
         self.sha256.update(content)
         self.size += len(content)
-
-
-@contextmanager
-def written_beside(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name only when the block ends well and its content is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from shine.config import SourceConfig
@@ -39,12 +43,43 @@ def indexed(
     """
     name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:20]
     folder = index_folder() / name
-    if not (folder / META_FILE).exists():
+    while not _hold(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
+        with FileLock(_lock(folder)):
             if not (folder / META_FILE).exists():
                 _build(folder, key, build, say=say)
-    return folder, json.loads((folder / META_FILE).read_text(encoding="utf-8"))["noted"]
+    meta = folder / META_FILE
+    # When it was last used, which `prune` asks; a cache that may only be read has no such time.
+    with contextlib.suppress(OSError):
+        os.utime(meta)
+    return folder, json.loads(meta.read_text(encoding="utf-8"))["noted"]
+
+
+_held: dict[int, int] = {}
+"""What this process has open: a descriptor for each folder, by the folder's number on its disk."""
+
+
+def _hold(folder: Path) -> bool:
+    """Keep an index from being removed as long as this process lives; whether there is one."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    number = os.fstat(descriptor).st_ino
+    # Where the file system has no locks, nobody can hold one and `prune` cannot remove any.
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    # It may have been removed before it was held, and be another one by now.
+    there = (folder / META_FILE).exists() and folder.stat().st_ino == number
+    if not there or number in _held:
+        os.close(descriptor)
+    else:
+        _held[number] = descriptor
+    return there
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_suffix(".lock")
 
 
 def _build(folder: Path, key: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]], *, say: Callable[[str], None]) -> None:
@@ -53,6 +88,90 @@ def _build(folder: Path, key: Mapping[str, Any], build: Callable[[Path], Mapping
         text = json.dumps({"key": key, "noted": build(partial)}, default=str, indent=1)
         (partial / META_FILE).write_text(text + "\n", encoding="utf-8")
     say(f"read and tokenised in {time.monotonic() - started:.1f} s, kept in {folder}")
+
+
+@dataclass(frozen=True)
+class Index:
+    """An index on this machine.
+
+    Attributes:
+        size: in bytes.
+        used: when it was last opened, in seconds of the epoch.
+        stage: name and lengths; empty for what a killed process left half-written.
+        sources: what it was made from.
+    """
+
+    folder: Path
+    size: int
+    used: float
+    stage: str = ""
+    sources: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """It was finished."""
+        return bool(self.stage)
+
+
+def list_indexes() -> list[Index]:
+    """All indexes on this machine, the one used last first; those that killed processes left half-written as well."""
+    folders = (path for path in index_folder().glob("*") if path.is_dir()) if index_folder().is_dir() else ()
+    found = [index for path in folders if (index := _look_at(path)) is not None]
+    return sorted(found, key=lambda index: -index.used)
+
+
+def _look_at(folder: Path) -> Index | None:
+    """``None`` if it goes away just now."""
+    try:
+        stats = [file.stat() for file in folder.iterdir()]
+        size, used = sum(stat.st_size for stat in stats), max((stat.st_mtime for stat in stats), default=folder.stat().st_mtime)
+        if not (folder / META_FILE).exists():
+            return Index(folder, size, used)
+        key = json.loads((folder / META_FILE).read_text(encoding="utf-8"))["key"]
+        name, context, conversation = key["stage"]
+        sources = tuple(_named(source) for source in key["sources"])
+        return Index(folder, size, (folder / META_FILE).stat().st_mtime, f"{name} {context}/{conversation}", sources)
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError, ValueError):
+        # Of other code, or damaged: nobody will open it again.
+        return Index(folder, size, used)
+
+
+def _named(source: Mapping[str, Any]) -> str:
+    return f"{source['kind']}:{source['path']}" if source["path"] is not None else str(source["kind"])
+
+
+def prune(older_than: float, *, now: float) -> tuple[list[Index], list[Index]]:
+    """Remove what was not used for ``older_than`` seconds.
+
+    Returns:
+        The indexes that were removed, and those that were left because a process has them open, or is building them (or because the
+        file system cannot tell).
+    """
+    old = [index for index in list_indexes() if now - index.used >= older_than]
+    removed = [index for index in old if _remove(index.folder)]
+    return removed, [index for index in old if index not in removed]
+
+
+def _remove(folder: Path) -> bool:
+    name = folder.name.strip(".").partition(".")[0]
+    lock = FileLock(_lock(folder.parent / name))
+    try:
+        # Who builds it holds this one.
+        with lock.acquire(timeout=0):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Renamed first: who looks for it finds it whole or not at all.
+                gone = folder.with_name(f".{name}.{os.getpid()}.removed")
+                folder.rename(gone)
+                shutil.rmtree(gone)
+            finally:
+                os.close(descriptor)
+    except (OSError, Timeout):
+        return False
+    return True
 
 
 def data_fingerprint(source: SourceConfig) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Three passes, each with a journal of its own beside the output, so that a stopped run goes on where it was: writing (a request a
 context), then for each pair whether its answer follows from the context, and whether it is known without it. What fails after all
-attempts is kept in ``<output>.failures.jsonl`` and asked again by the next run.
+attempts is kept in ``<output>.failures.jsonl`` and asked again by the next run; what it cost stays in ``<output>.spent.jsonl``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints
 
-from shine.data.collection import published_item, written_beside
+from shine.data.collection import published_item
 from shine.data.examples import Example, Turn
 from shine.data.plans import WritingConfig
 from shine.data.sources import read_named
+from shine.files import file_written_beside
 from shine.journal import Journal
 from shine.metrics import f1
 from shine.remote import Request, Usage, ask, json_reader
@@ -101,7 +102,7 @@ def estimate(config: WritingConfig, output: str | Path) -> Estimate:
     Raises:
         ValueError: a source or a journal cannot be read, or a journal was kept under another configuration.
     """
-    written, supported, recalled = _journals(config, output)
+    written, supported, recalled, _ = _journals(config, output)
     done = {row["id"] for row in written.rows()}
     contexts = {name: _token_count(context) for name, context in _contexts(config)}
     left = [count for name, count in contexts.items() if name not in done]
@@ -136,24 +137,26 @@ def write_conversations(config: WritingConfig, output: str | Path, *, tokens: Ca
     """
     output = Path(output).expanduser()
     report = WritingReport()
-    written, supported, recalled = journals = _journals(config, output)
+    written, supported, recalled, spent = _journals(config, output)
+    for row in spent.rows():
+        report.usage += Usage(**row["usage"])
     current = {name for name, _ in _contexts(config)}
     failures = Journal(output.with_name(f"{output.name}.failures.jsonl"))
     failures.path.unlink(missing_ok=True)
-    with failures:
+    with failures, spent:
         write = (
             (_request(name, config.write, context=context, turns=str(config.turns)), {"context": context})
             for name, context in _contexts(config)
         )
-        _run("writing", write, Written, written, failures, config, report)
+        _run("writing", write, Written, written, failures, spent, config, report)
         support = (
             (_request(name, config.support, context=context, question=pair.question, answer=pair.answer), _NOTHING)
             for name, context, pair in _pairs(written, current)
         )
-        _run("support", support, Supported, supported, failures, config, report)
+        _run("support", support, Supported, supported, failures, spent, config, report)
         recall = ((_request(name, config.recall, question=pair.question), _NOTHING) for name, _, pair in _pairs(written, current))
-        _run("recall", recall, Recalled, recalled, failures, config, report)
-    _assemble(config, output, journals, current, report, tokens)
+        _run("recall", recall, Recalled, recalled, failures, spent, config, report)
+    _assemble(config, output, (written, supported, recalled), current, report, tokens)
     return report
 
 
@@ -163,6 +166,7 @@ def _run(
     kind: type[Any],
     journal: Journal,
     failures: Journal,
+    spent: Journal,
     config: WritingConfig,
     report: WritingReport,
 ) -> None:
@@ -196,6 +200,8 @@ def _run(
             else:
                 report.failures[name] += 1
                 failures.append({"id": reply.id, "pass": name, "reason": reply.failure, "attempts": reply.attempts})
+                if reply.usage != Usage():
+                    spent.append({"id": reply.id, "pass": name, "usage": asdict(reply.usage), "configuration": mark})
 
 
 def _assemble(
@@ -221,7 +227,7 @@ def _assemble(
             return True
         return False
 
-    with written_beside(output) as published, written_beside(output.with_name(f"{output.name}.jsonl")) as own:
+    with file_written_beside(output) as published, file_written_beside(output.with_name(f"{output.name}.jsonl")) as own:
         published.write(b"[")
         separator = b"\n"
         for row in written.rows():
@@ -279,17 +285,17 @@ def _configuration(config: WritingConfig) -> str:
     return hashlib.blake2b(said.encode("utf-8"), digest_size=8).hexdigest()
 
 
-def _journals(config: WritingConfig, output: str | Path) -> tuple[Journal, Journal, Journal]:
-    """Of the three passes, none of them from another configuration."""
+def _journals(config: WritingConfig, output: str | Path) -> tuple[Journal, Journal, Journal, Journal]:
+    """Of the three passes, and of what was spent on requests that failed; none of them from another configuration."""
     output = Path(output).expanduser()
-    written, supported, recalled = (
-        Journal(output.with_name(f"{output.name}.{name}.jsonl")) for name in ("written", "supported", "recalled")
+    written, supported, recalled, spent = (
+        Journal(output.with_name(f"{output.name}.{name}.jsonl")) for name in ("written", "supported", "recalled", "spent")
     )
     mark = _configuration(config)
-    for journal in (written, supported, recalled):
+    for journal in (written, supported, recalled, spent):
         if any(row.get("configuration") != mark for row in journal.rows()):
             raise ValueError(
                 f"{journal.path} was kept with another model, other prompts or another number of turns: choose another --output, "
                 f"set them back, or delete {output}.*.jsonl to start anew"
             )
-    return written, supported, recalled
+    return written, supported, recalled, spent
