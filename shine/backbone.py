@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 
 from shine.lora import LinearShape, LoRA
+from shine.prompt_cache import PromptCache
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -204,12 +205,16 @@ class Backbone:
         stop_ids: Sequence[int] | None,
         pad_id: int,
         beams: int = 1,
+        cache: PromptCache | None = None,
         **options: Any,
     ) -> Tensor:
         """New tokens ``[B, <= max_new_tokens]``: greedy, or the best of ``beams``; sample ``i`` wears adapter ``i`` of ``lora``.
 
+        ``cache`` keeps a conversation (batch one) for its next turn: prompts that go on from it are computed from there.
         ``options`` go to transformers' ``generate`` unchanged (a streamer, sampling, ...).
         """
+        if cache is not None:
+            options["past_key_values"] = cache.take(input_ids, self.model.config)
         with self.wearing(lora):
             tokens = self.model.generate(
                 input_ids=input_ids,
@@ -220,6 +225,8 @@ class Backbone:
                 pad_token_id=pad_id,
                 **options,
             )
+        if cache is not None:
+            cache.keep(tokens)
         return tokens[:, input_ids.shape[1] :]
 
     @torch.no_grad()
