@@ -25,7 +25,7 @@ from shine.hub import download, hub_id
 from shine.hypernetwork import Hypernetwork
 from shine.released import RELEASED_FILES, is_released, read_released
 
-FORMAT = 1
+FORMAT = 2
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "hypernetwork.safetensors"
 
 
@@ -37,7 +37,7 @@ class CheckpointInfo:
         backbone: how the backbone was loaded.
         hypernetwork: ranks, layout, targets, depth.
         stages: those behind it, oldest first.
-        fingerprint: of the backbone it was trained on.
+        fingerprint: of the backbone it was trained on; ``None`` in checkpoints of format 1.
         revision: the hub's commit of that backbone, where it came from there.
         variant: what was done to its weights, where something was: see `shine.zoo.variant_name`.
         context_length: most tokens of a context in the last stage; ``None`` in checkpoints that were written before this was kept.
@@ -104,11 +104,13 @@ def read_info(path: str | Path) -> CheckpointInfo | None:
         raise ValueError(f"{file}: cannot be read ({error}); fetch or train the checkpoint again") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file}: holds no configuration; fetch or train the checkpoint again")
-    if values.get("format") != FORMAT:
+    if values.get("format") not in (1, FORMAT):
         raise ValueError(f"{file}: format {values.get('format')!r}, this version of shine reads {FORMAT}: upgrade shine")
     try:
-        # Directories of before say nothing of these two.
+        # Directories of before say nothing of these two, and in format 1 a fingerprint left out things that matter.
         known = {"variant": None, "context_length": None, **values}
+        if values["format"] == 1:
+            known["fingerprint"] = None
         return parse(CheckpointInfo, {field.name: known[field.name] for field in fields(CheckpointInfo)})
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None

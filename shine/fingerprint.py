@@ -1,4 +1,4 @@
-"""Which model a hypernetwork was trained on, and which hypernetwork made a LoRA: fingerprints of shapes, vocabulary and weights."""
+"""Which model a hypernetwork was trained on, and which hypernetwork made a LoRA: fingerprints of shapes, tokenizers and weights."""
 
 from __future__ import annotations
 
@@ -25,8 +25,18 @@ _SHAPE = (
     "vocab_size",
     "rms_norm_eps",
     "tie_word_embeddings",
+    "hidden_act",
+    "attention_bias",
+    "mlp_bias",
+    "sliding_window",
+    "rope_parameters",
 )
 _SAMPLES = 64
+_PROBE = (
+    "<|im_start|>user\nIn 1987, Zoë's 3.50 € “naïve” café sold 1,024 cups;  it didn't\tclose.\r\n\n"
+    "  def f(x): return x**2 != 10_000  # ΑΒΓ абв 中文字 かな عربي हिन्दी 🙂 e\u0301 ﬁ Ⅳ\n<|im_end|>\n"
+)
+"""What tokenizers cut differently: marks, digits, contractions, runs of spaces, line ends, case, scripts, composed characters."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +44,10 @@ class Fingerprint:
     """Short hashes; two models that answer alike have the same three.
 
     Attributes:
-        config: of the architecture and its sizes.
-        tokenizer: of the vocabulary.
-        weights: of some values of every matrix, rounded to bfloat16, so that the type a model is held in does not matter. Where
+        config: of the architecture, its sizes, its activation function and how it encodes positions.
+        tokenizer: of the vocabulary, the merges, and how a text of many kinds is cut. Not of the tokenizer's own file, which the
+            versions of the libraries write differently.
+        weights: of some values of every parameter, rounded to bfloat16, so that the type a model is held in does not matter. Where
             only this one differs, the other model is a variant of the same: quantised, dequantised or tuned.
     """
 
@@ -62,9 +73,8 @@ class Fingerprint:
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
     """The fingerprint of a model and its tokenizer as they are in memory."""
     config = {name: getattr(model.config, name, None) for name in _SHAPE}
-    config["rope_theta"] = (getattr(model.config, "rope_parameters", None) or {}).get("rope_theta")
-    matrices = ((name, parameter) for name, parameter in model.named_parameters() if parameter.dim() == 2)
-    return Fingerprint(_short(config), _short(sorted(tokenizer.get_vocab().items())), _short_of_weights(matrices))
+    cuts = {"vocabulary": tokenizer.get_vocab(), "merges": _merges(tokenizer), "probe": tokenizer(_PROBE)["input_ids"]}
+    return Fingerprint(_short(_without_none(config)), _short(cuts), _short_of_weights(model.named_parameters()))
 
 
 @torch.no_grad()
@@ -75,6 +85,20 @@ def hypernetwork_fingerprint(config: HypernetworkConfig, weights: Mapping[str, T
         weights: its ``state_dict``, or the tensors of its checkpoint in whatever type they are stored.
     """
     return f"{_short(asdict(config))}-{_short_of_weights(weights.items())}"
+
+
+def _merges(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    merges = json.loads(backend.to_str())["model"].get("merges") if backend is not None else None
+    # A pair is one string or two, as the version of the library has it.
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges or []]
+
+
+def _without_none(value: Any) -> Any:
+    """What is not set is left out by some versions, and ``None`` in others."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: _without_none(inner) for name, inner in value.items() if inner is not None}
 
 
 def _short_of_weights(tensors: Iterable[tuple[str, Tensor]]) -> str:

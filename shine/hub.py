@@ -80,7 +80,8 @@ def download(remote: HubId) -> Path:
 
 
 def upload(folder: Path, remote: HubId, *, private: bool) -> HubId:
-    """Bring a checkpoint to a hub, with a manifest of its files; the repository is made where it is not there.
+    """Bring a checkpoint to a hub, with a manifest of its files; the repository is made where it is not there, and so is the branch
+    on Hugging Face (ModelScope's library cannot make one).
 
     A checkpoint of the other format that the repository holds gives way, other files stay.
 
@@ -124,6 +125,8 @@ def _upload(folder: Path, remote: HubId, *, private: bool) -> HubId:
 
         api = HfApi()
         api.create_repo(remote.repository, private=private, exist_ok=True)
+        if remote.revision is not None:
+            api.create_branch(remote.repository, branch=remote.revision, exist_ok=True)
         done = api.upload_folder(
             repo_id=remote.repository,
             folder_path=folder,

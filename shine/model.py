@@ -19,8 +19,6 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 import shine
@@ -29,6 +27,7 @@ from shine.chat import Conversation, clean_answer, encode_prompt, stop_ids, toke
 from shine.checkpoint import check_backbone, find_checkpoint, load_hypernetwork, read_info
 from shine.config import BackboneConfig, HypernetworkConfig
 from shine.fingerprint import Fingerprint, fingerprint, hypernetwork_fingerprint
+from shine.hub import HubId, download
 from shine.hypernetwork import Hypernetwork
 from shine.lora import LoRA
 from shine.provenance import ContextRecord, ModelRecord, Provenance, sha256
@@ -317,12 +316,9 @@ def _locate(path: str) -> str:
     if Path(path).expanduser().exists() or not looks_like_hub_id(path):
         return path
     try:
-        return snapshot_download(path)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
-            f"{path}: no such checkpoint directory, and the hub does not give one ({reason}); check the name and the network"
-        ) from None
+        return str(download(HubId("hf", path)))
+    except ValueError as error:
+        raise ValueError(f"{path}: no such checkpoint directory, and the hub does not give one: {error}") from None
 
 
 def _backbone_config(path: str, recorded: BackboneConfig | None, asked: str | BackboneConfig | None) -> BackboneConfig:

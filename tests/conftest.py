@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,3 +135,19 @@ def tiny_backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     tiny_model().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def read_only() -> Iterator[Path]:
+    """A folder that may not be written, also to a superuser: the test gives up its rights for the time being."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "locked").mkdir()
+    for place, mode in ((folder, 0o755), (folder / "locked", 0o555)):
+        place.chmod(mode)
+    superuser = os.getuid() == 0
+    if superuser:
+        os.setresuid(65534, 65534, 0)
+    yield folder / "locked"
+    if superuser:
+        os.setresuid(0, 0, 0)
+    shutil.rmtree(folder)

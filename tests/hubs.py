@@ -88,6 +88,15 @@ class _Handler(BaseHTTPRequestHandler):
             private = bool(wish.get("private")) or wish.get("visibility") == "private"
             hub.create(repository, private=private, main="main")
             self._send({"url": f"{hub.url}/{repository}", "id": repository, "name": repository})
+        elif match := re.fullmatch("/api/models/([^/]+/[^/]+)/branch/(.+)", path):
+            heads = hub.heads[match[1]]
+            there = match[2] in heads
+            heads.setdefault(match[2], heads["main"])
+            self._send({"error": "Reference already exists"} if there else {}, code=409 if there else 200)
+        elif (match := re.fullmatch("/api/models/([^/]+/[^/]+)/(?:preupload|commit)/(.+)", path)) and (
+            match[2] not in hub.heads[match[1]]
+        ):
+            self._send({"error": f"Invalid rev id: {match[2]}"}, code=404, headers={"X-Error-Code": "RevisionNotFound"})
         elif match := re.fullmatch("/api/models/([^/]+/[^/]+)/preupload/(.+)", path):
             files = json.loads(body)["files"]
             modes = [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular"} for f in files]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import random
 import socket
+import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from shine.cli.stages import train_and_evaluate
 from shine.training import step
 from shine.training.loop import train
+from shine.training.monitor import METRICS_FILE
 from shine.training.validation import Validation
 
 # Forked from a server that has imported everything once, a process starts in a fraction of a second.
@@ -28,9 +32,10 @@ CONTEXT.set_forkserver_preload(["processes"])
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong on rank 1: ``where``, in its ``call``-th micro-batch; for ``validation`` and ``norm`` from that call on."""
+    """What goes wrong on rank 1: ``where``, in its ``call``-th micro-batch; for ``validation``, ``norm`` and ``draws`` (which is no
+    fault: each pass draws random numbers) from that call on."""
 
-    where: Literal["loss", "gradient", "weight", "death", "validation", "norm"]
+    where: Literal["loss", "gradient", "weight", "death", "validation", "norm", "draws"]
     call: int
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +46,10 @@ class Fault:
 
         def label_losses(hypernetwork: nn.Module, *args: Any) -> tuple[Tensor, Tensor]:
             losses, right = real(hypernetwork, *args)
-            if next(calls) != self.call:
+            call = next(calls)
+            if self.where == "draws" and call >= self.call:
+                random.random(), torch.rand(3)
+            if self.where == "draws" or call != self.call:
                 return losses, right
             parameter = next(hypernetwork.parameters())
             if self.where == "loss":
@@ -77,9 +85,7 @@ def run_rank(
     rank: int, size: int, port: int, folder: str, output: str, fault: Fault | None, own_seeds: bool, changes: dict[str, Any]
 ) -> None:
     """The body of one rank's process."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+    become_rank(rank, size, port)
     with pytest.MonkeyPatch.context() as monkeypatch:
         if rank == 1 and fault is not None:
             fault.install(monkeypatch)
@@ -93,28 +99,62 @@ def run_rank(
             raise
 
 
+def become_rank(rank: int, size: int, port: int) -> None:
+    """What ``torchrun`` tells a process, on one thread."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def call_on_ranks(size: int, body: Callable[..., object], *args: Any) -> list[int | None]:
+    """Call a function in ``size`` processes that are ranks, and return their exit codes; ``None`` for one that hangs."""
+    port = free_port()
+    ranks = [CONTEXT.Process(target=_call, args=(rank, size, port, body, args)) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=60)
+    return [process.exitcode for process in ranks]
+
+
+def _call(rank: int, size: int, port: int, body: Callable[..., object], args: tuple[Any, ...]) -> None:
+    become_rank(rank, size, port)
+    body(*args)
+
+
 def error_file(output: Path, rank: int) -> Path:
     """Where a rank that fails leaves its traceback: what a forked process prints is not captured."""
     return output.with_name(f"{output.name}-rank-{rank}.err")
 
 
-def run_ranks(
+def start_ranks(
     size: int, folder: str, output: Path, *, fault: Fault | None = None, own_seeds: bool = False, **changes: Any
-) -> list[int | None]:
-    """Train with ``size`` processes and return their exit codes.
+) -> list[multiprocessing.process.BaseProcess]:
+    """Start training with ``size`` processes.
 
     Args:
         own_seeds: every rank draws other random weights than the configuration's seed says.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = [
         CONTEXT.Process(target=run_rank, args=(rank, size, port, folder, str(output), fault, own_seeds, changes))
         for rank in range(size)
     ]
     for process in ranks:
         process.start()
+    return list(ranks)
+
+
+def run_ranks(size: int, folder: str, output: Path, **options: Any) -> list[int | None]:
+    """Train with ``size`` processes (see `start_ranks`) and return their exit codes; ``None`` for one that hangs."""
+    ranks = start_ranks(size, folder, output, **options)
     for process in ranks:
         process.join(timeout=120)
     return [process.exitcode for process in ranks]
@@ -130,3 +170,15 @@ def train_in_process(folder: str, output: Path, **changes: Any) -> multiprocessi
 def _train(folder: str, output: str, changes: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     train(train_config(folder, Path(output), **changes))
+
+
+def wait_for_progress(output: Path, process: Any) -> None:
+    """Until this process has done a step: the metrics file is newer than the process."""
+    file, started = output / METRICS_FILE, time.time()
+    while process.is_alive() and (not file.exists() or file.stat().st_mtime < started or not file.stat().st_size):
+        time.sleep(0.002)
+
+
+def wait_for_a_directory_being_written(output: Path, process: Any) -> None:
+    while process.is_alive() and not list(output.glob(".step-*.partial")):
+        time.sleep(0.0002)

@@ -7,11 +7,9 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -331,22 +329,6 @@ def test_an_adapter_of_another_model_is_one_line_with_both_names(
     told = refused("export", adapter, "--merge", "--backbone", tmp_path / "tiny", "-o", tmp_path / "merged")
     assert re.search(r"made for backbone models/Qwen3-8B .*tiny is another .*give --backbone", told)
     assert not (tmp_path / "merged").exists()
-
-
-@pytest.fixture
-def read_only() -> Iterator[Path]:
-    """A folder that may not be written, also to a superuser: the test gives up its rights for the time being."""
-    folder = Path(tempfile.mkdtemp())
-    (folder / "locked").mkdir()
-    for place, mode in ((folder, 0o755), (folder / "locked", 0o555)):
-        place.chmod(mode)
-    superuser = os.getuid() == 0
-    if superuser:
-        os.setresuid(65534, 65534, 0)
-    yield folder / "locked"
-    if superuser:
-        os.setresuid(0, 0, 0)
-    shutil.rmtree(folder)
 
 
 def test_a_read_only_folder_is_one_line(notes: Path, adapter: Path, read_only: Path, refused: Callable[..., str]) -> None:

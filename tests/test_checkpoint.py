@@ -251,8 +251,8 @@ def test_damaged_weights_are_named(saved: Path, backbone: Backbone, damage: str)
 
 
 def test_a_newer_format_says_upgrade(saved: Path, backbone: Backbone) -> None:
-    edit_config(saved, lambda values: values.update(format=2))
-    with pytest.raises(ValueError, match=r"config\.json: format 2.*reads 1.*upgrade"):
+    edit_config(saved, lambda values: values.update(format=3))
+    with pytest.raises(ValueError, match=r"config\.json: format 3.*reads 2.*upgrade"):
         load_hypernetwork(saved, backbone)
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
 from runs import stage_config, train_config
-from transformers import AutoModelForCausalLM
+from tokenizers import models, normalizers, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from shine import zoo
 from shine.backbone import Backbone
@@ -31,20 +32,89 @@ def test_a_fingerprint_does_not_depend_on_type_hooks_or_place(
     assert fingerprint(AutoModelForCausalLM.from_pretrained(tiny_backbone_folder), tiny_tokenizer()) == wanted
 
 
-@pytest.mark.parametrize("part", ["config", "tokenizer", "weights"])
-def test_each_part_notices_what_it_is_of(part: str) -> None:
-    before = fingerprint(tiny_model(), tiny_tokenizer())
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    if part == "config":
-        model.config.rms_norm_eps = 1e-3
-    elif part == "tokenizer":
-        tokenizer.add_tokens(["more"])
-    else:
-        model.base_model.layers[2].mlp.down_proj.weight.data *= 1.01
+def other_rope(model: PreTrainedModel, _: PreTrainedTokenizerFast) -> None:
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": "linear", "factor": 4.0}
+
+
+def other_epsilon(model: PreTrainedModel, _: PreTrainedTokenizerFast) -> None:
+    model.config.rms_norm_eps = 1e-3
+
+
+def other_activation(model: PreTrainedModel, _: PreTrainedTokenizerFast) -> None:
+    model.config.hidden_act = "gelu"
+
+
+def biases(model: PreTrainedModel, _: PreTrainedTokenizerFast) -> None:
+    model.config.attention_bias = True
+
+
+def another_token(_: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.add_tokens(["more"])
+
+
+def digits_apart(_: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+
+
+def small_letters(_: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+
+
+def fewer_merges(_: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The same vocabulary, and pieces of it that the probe does not hold."""
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=tokenizer.get_vocab(), merges=[("1", "9")])
+
+
+def a_matrix(model: PreTrainedModel, _: PreTrainedTokenizerFast) -> None:
+    model.base_model.layers[2].mlp.down_proj.weight.data *= 1.01
+
+
+def a_norm(model: PreTrainedModel, _: PreTrainedTokenizerFast) -> None:
+    model.base_model.norm.weight.data *= 1.01
+
+
+def a_bias(model: PreTrainedModel, _: PreTrainedTokenizerFast) -> None:
+    model.base_model.layers[1].self_attn.k_proj.bias.data *= 1.01
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        *(("config", change) for change in (other_rope, other_epsilon, other_activation, biases)),
+        *(("tokenizer", change) for change in (another_token, digits_apart, small_letters, fewer_merges)),
+        *(("weights", change) for change in (a_matrix, a_norm, a_bias)),
+    ],
+)
+def test_each_part_notices_what_it_is_of(part: str, change: Callable[[PreTrainedModel, PreTrainedTokenizerFast], None]) -> None:
+    merges = [("1", "9"), ("q", "q")]
+    before = fingerprint(tiny_model("qwen2"), tiny_tokenizer(merges=merges))
+    model, tokenizer = tiny_model("qwen2"), tiny_tokenizer(merges=merges)
+    change(model, tokenizer)
     after = fingerprint(model, tokenizer)
     assert [name for name in ("config", "tokenizer", "weights") if getattr(before, name) != getattr(after, name)] == [part]
     assert after.is_variant_of(before) == (part == "weights")
     assert not before.is_variant_of(before)
+
+
+def test_the_shipped_checkpoint_knows_the_shipped_backbone() -> None:
+    info = read_info(zoo.ASSETS / "cpu-world" / "hypernetwork")
+    assert info is not None
+    backbone, tokenizer = zoo.load_backbone(BackboneConfig(path="cpu-world", device="cpu"), targets=info.hypernetwork.targets)
+    assert info.fingerprint == fingerprint(backbone.model, tokenizer)
+
+
+def test_a_checkpoint_of_before_loads_without_a_fingerprint(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """Format 1 hashed less: what it says cannot be held against what is found now."""
+    final = train(train_config(tiny_backbone_folder, tmp_path / "run", stage=stage_config(steps=1)))
+    values = json.loads((final / "config.json").read_text())
+    assert values["format"] == 2
+    old = {**values, "format": 1, "fingerprint": {"config": "0" * 12, "tokenizer": "0" * 12, "weights": "0" * 12}}
+    (final / "config.json").write_text(json.dumps(old))
+    info = read_info(final)
+    assert info is not None
+    assert info.fingerprint is None
+    check_backbone(final, config=BackboneConfig(path="elsewhere"), found=fingerprint(tiny_model(), tiny_tokenizer()))
 
 
 def test_a_checkpoint_knows_its_backbone(tiny_backbone_folder: str, tmp_path: Path) -> None:

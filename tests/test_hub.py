@@ -15,6 +15,8 @@ import torch
 from conftest import tiny_hypernetwork_config, tiny_model
 from hubs import TOKEN, Hub, serve
 from modelscope_hub.config import set_default_config
+from processes import call_on_ranks
+from runs import stage_config, train_config
 
 from shine.backbone import Backbone
 from shine.checkpoint import CheckpointInfo, load_hypernetwork, read_info, read_weights, save_hypernetwork
@@ -24,6 +26,7 @@ from shine.hub import FILES, HubId, download, hub_id
 from shine.hypernetwork import Hypernetwork
 from shine.manifest import damage
 from shine.released import RELEASED_FILES
+from shine.training.loop import train
 
 RELEASED = Path(__file__).parent / "fixtures" / "tiny_qwen3" / "reference_checkpoint"
 HUBS = ("hf", "ms")
@@ -112,6 +115,47 @@ def test_a_revision_stays_what_it_was(kind: str, hub: Hub, saved: Path, tmp_path
     main(["push", str(other), f"{kind}:me/three"])
     for name, source in ((f"{kind}:me/three@{first}", saved), (f"{kind}:me/three", other)):
         assert torch.equal(read_weights(name)["memory_tokens"], read_weights(source)["memory_tokens"])
+
+
+def test_a_push_makes_the_branch_it_names(hub: Hub, saved: Path, tmp_path: Path) -> None:
+    """Where it is missing, and only there; the main branch stays as it is."""
+    main(["push", str(saved), "hf:me/branches"])
+    head = hub.heads["me/branches"]["main"]
+    for seed in (2, 3):
+        other = checkpoint(tmp_path / str(seed), seed=seed)
+        assert main(["push", str(other), "hf:me/branches@try/one"]) == 0
+        wanted = read_weights(other)["memory_tokens"]
+        assert torch.equal(read_weights("hf:me/branches@try/one")["memory_tokens"], wanted)
+    assert hub.heads["me/branches"]["main"] == head
+    assert torch.equal(read_weights("hf:me/branches")["memory_tokens"], read_weights(saved)["memory_tokens"])
+
+
+def train_from(url: str, caches: str, folder: str, output: str, machines: int) -> None:
+    """A rank of a stage that starts from a hub, with a cache of its own; of two machines, or one."""
+    rank = os.environ["RANK"]
+    if machines == 2:
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+        patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", f"{caches}/{rank}")
+        patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        stage = stage_config("1qa", steps=2, micro_batch_size=1)
+        train(train_config(folder, Path(output), stage=stage, checkpoint="hf:me/stage", from_scratch=False))
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_each_machine_downloads_a_checkpoint_once(
+    machines: int, hub: Hub, saved: Path, tiny_backbone_folder: str, tmp_path: Path
+) -> None:
+    """Two ranks; what one machine has in its cache, another does not."""
+    main(["push", str(saved), "hf:me/stage"])
+    args = (hub.url, str(tmp_path / "caches"), tiny_backbone_folder, str(tmp_path / "next"), machines)
+    assert call_on_ranks(2, train_from, *args) == [0, 0]
+    assert sorted(cache.name for cache in (tmp_path / "caches").iterdir()) == ["0", "1"][:machines]
+    info = read_info(tmp_path / "next")
+    assert info is not None
+    assert info.stages == ("mqa", "1qa")
 
 
 @pytest.mark.parametrize("kind", HUBS)

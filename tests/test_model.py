@@ -22,6 +22,7 @@ from shine.checkpoint import CheckpointInfo, save_hypernetwork
 from shine.config import BackboneConfig
 from shine.data.worlds import World
 from shine.fingerprint import fingerprint, hypernetwork_fingerprint
+from shine.hub import HubId
 from shine.hypernetwork import Hypernetwork
 
 EXAMPLES = [World(seed=3000).example(index) for index in range(6)]
@@ -170,20 +171,21 @@ def test_an_unknown_checkpoint_is_named(path: str) -> None:
 
 
 def test_a_hub_id_is_downloaded(tiny: Shine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+    """The way that every checkpoint of a hub is taken: only its files, held against its manifest."""
+    asked: list[HubId] = []
 
-    def download(name: str) -> str:
-        asked.append(name)
-        if name == "someone/else":
-            raise OSError("no network")
-        return str(tmp_path / "final")
+    def download(remote: HubId) -> Path:
+        asked.append(remote)
+        if remote.repository == "someone/else":
+            raise ValueError("pulling hf:someone/else failed: no network")
+        return tmp_path / "final"
 
     saved(tiny, tmp_path / "final")
-    monkeypatch.setattr("shine.model.snapshot_download", download)
+    monkeypatch.setattr("shine.model.download", download)
     assert Shine.from_pretrained("someone/shine", device="cpu").context_length == 33
     with pytest.raises(ValueError, match=r"someone/else: no such checkpoint directory, and the hub.*no network"):
         Shine.from_pretrained("someone/else")
-    assert asked == ["someone/shine", "someone/else"]
+    assert asked == [HubId("hf", "someone/shine"), HubId("hf", "someone/else")]
 
 
 def test_importing_is_quick_quiet_and_free_of_hydra() -> None:

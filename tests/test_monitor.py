@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,10 +22,11 @@ from shine.data.batching import collate
 from shine.data.build import samples_of
 from shine.data.sources import read_source
 from shine.hypernetwork import Hypernetwork
-from shine.training import needs
+from shine.training import loop, monitor, needs
 from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE, SAMPLES_FILE, Monitor
 from shine.training.step import label_losses
+from shine.training.validation import Validation
 
 
 def test_a_run_says_what_it_will_need(tiny_backbone_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,10 +95,10 @@ def test_a_terminal_shows_a_line_for_each_log_step_above_the_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with Monitor(tmp_path, start=0, total=2, title="mqa tiny", rank=0) as monitor:
-        assert not monitor.bar.disable
-        monitor.advance(tokens=10, loss=1.5)
-        monitor.record({"loss": 1.5})
+    with Monitor(tmp_path, start=0, total=2, title="mqa tiny", rank=0) as shown:
+        assert not shown.bar.disable
+        shown.advance(tokens=10, loss=1.5)
+        shown.record({"loss": 1.5})
     assert "mqa tiny 1/2  loss 1.5  " in capsys.readouterr().out
 
 
@@ -106,6 +108,37 @@ def test_every_log_step_has_its_scalars(tiny_backbone_folder: str, tmp_path: Pat
     wanted = {"step", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "memory_gb", "mfu", "skipped_steps"}
     assert [set(row) for row in rows] == [wanted] * 3
     assert all(0 < row["mfu"] < 1 and row["memory_gb"] > 0.01 for row in rows)
+
+
+def test_speed_is_that_of_training_alone(tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of its own: a step takes a second, an evaluation a hundred, answers ten, a save a thousand."""
+    now, tokens = [0.0], [0]
+
+    def lasting(seconds: float, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            result = real(*args, **options)
+            now[0] += seconds
+            tokens[0] += getattr(result, "tokens", 0)
+            return result
+
+        return call
+
+    monkeypatch.setattr(monitor, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(loop, "training_step", lasting(1, loop.training_step))
+    monkeypatch.setattr(loop, "save_state", lasting(1000, loop.save_state))
+    monkeypatch.setattr(loop, "matrix_rate", lasting(50, lambda *_: 1e9))
+    monkeypatch.setattr(Validation, "measure", lasting(100, Validation.measure))
+    monkeypatch.setattr(Validation, "answers", lasting(10, Validation.answers))
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage_config(steps=6, evaluate_every=2, save_every=3)))
+    rows = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert now[0] == 6 + 3 * 110 + 1000 + 50
+    assert rows[-1]["tokens_per_second"] == pytest.approx(tokens[0] / 6)
+    assert {row["step"] for row in rows if "validation/answers/loss" in row} == {2, 4, 6}
+    steps = {row["step"]: row for row in rows if "mfu" in row}
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(steps[row["step"]]["tokens_per_second"])
+    ratios = [row["mfu"] / row["tokens_per_second"] for row in steps.values()]
+    assert ratios == pytest.approx([ratios[0]] * 6)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "mqa"])
@@ -135,11 +168,11 @@ def test_tensorboard_holds_every_scalar_and_the_answers(stage: str, tiny_backbon
 
 
 def test_a_line_says_where_the_run_stands_and_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Monitor(tmp_path, start=2, total=6, title="mqa x", rank=0) as monitor:
+    with Monitor(tmp_path, start=2, total=6, title="mqa x", rank=0) as shown:
         for _ in range(2):
-            monitor.advance(tokens=100, loss=1.5)
-        monitor.started -= 10
-        monitor.record({"loss": 1.5})
+            shown.advance(tokens=100, loss=1.5)
+        shown.started -= 10
+        shown.record({"loss": 1.5})
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("mqa x 4/6  loss 1.5  ")
     assert line.endswith("10 s left")
@@ -160,13 +193,13 @@ def test_every_rank_logs_what_it_dies_of(tiny_backbone_folder: str, tmp_path: Pa
 def test_other_ranks_show_nothing_write_a_log_and_leave_no_handler_behind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Monitor(tmp_path, start=0, total=1, title="x", rank=3) as monitor:
-        monitor.say("quiet")
-        monitor.advance(tokens=1, loss=1.0)
-        monitor.record({"loss": 1.0})
-        monitor.record_bad({"reason": "x"})
-        monitor.show_answers([{"question": "x"}])
-        log: Any = monitor.log
+    with Monitor(tmp_path, start=0, total=1, title="x", rank=3) as shown:
+        shown.say("quiet")
+        shown.advance(tokens=1, loss=1.0)
+        shown.record({"loss": 1.0})
+        shown.record_bad({"reason": "x"})
+        shown.show_answers([{"question": "x"}])
+        log: Any = shown.log
     assert log.handlers == []
     assert "quiet" in (tmp_path / "logs" / "rank-3.log").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["logs"]

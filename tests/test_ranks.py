@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import random
+import shutil
 import subprocess
 import sys
 import time
@@ -13,14 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Fault, error_file, run_ranks
+import sharded_memory
+import torch
+from processes import (
+    Fault,
+    call_on_ranks,
+    error_file,
+    free_port,
+    run_ranks,
+    start_ranks,
+    wait_for_a_directory_being_written,
+    wait_for_progress,
+)
 from runs import WORLDS, losses_of, stage_config, train_config
 from safetensors.torch import load_file
 
 from shine.checkpoint import WEIGHTS_FILE
 from shine.config import BackboneConfig, DataConfig, PromptConfig, ScoringConfig
+from shine.manifest import damage
+from shine.training.distributed import join_ranks
 from shine.training.loop import train
-from shine.training.state import step_directories
+from shine.training.monitor import METRICS_FILE
+from shine.training.state import load_state, step_directories
 
 
 @pytest.mark.parametrize(
@@ -72,12 +89,25 @@ def test_a_sharded_backbone_trains_what_a_whole_one_does(
     assert (tmp_path / "parts" / "samples.jsonl").read_text() == (tmp_path / "one" / "samples.jsonl").read_text()
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_bad_number_on_one_rank_skips_the_step_on_both(where: Any, tiny_backbone_folder: str, tmp_path: Path) -> None:
+def test_what_a_sharded_backbone_takes_is_what_was_said(tmp_path: Path) -> None:
+    """The bytes of FSDP2's own tensors, at rest and at most in both passes, on each of two ranks."""
+    assert call_on_ranks(2, sharded_memory.count, tmp_path) == [0, 0]
+    for rank in range(2):
+        row = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        assert row["said"]["rest"] == pytest.approx(row["counted"]["rest"], rel=0.01)
+        assert row["said"]["most"] == pytest.approx(row["counted"]["most"], rel=0.05)
+        assert row["said"]["most"] - row["said"]["rest"] == 2 * row["layer"]
+        assert row["counted"]["most"] < row["whole"]
+
+
+@pytest.mark.parametrize(("where", "engine"), [("loss", "ddp"), ("gradient", "ddp"), ("loss", "fsdp")])
+def test_a_bad_number_on_one_rank_skips_the_step_on_both(
+    where: Any, engine: str, tiny_backbone_folder: str, tmp_path: Path
+) -> None:
     """Two micro-batches a rank and step: the third of rank 1 belongs to step 2. The next steps go on as if it had not been."""
-    stage = stage_config("mqa", micro_batch_size=1, steps=5)
-    assert run_ranks(2, tiny_backbone_folder, tmp_path / "bad", stage=stage, fault=Fault(where, call=3)) == [0, 0]
-    assert run_ranks(2, tiny_backbone_folder, tmp_path / "good", stage=stage) == [0, 0]
+    changes = {"stage": stage_config("mqa", micro_batch_size=1, steps=5), "engine": engine}
+    assert run_ranks(2, tiny_backbone_folder, tmp_path / "bad", fault=Fault(where, call=3), **changes) == [0, 0]
+    assert run_ranks(2, tiny_backbone_folder, tmp_path / "good", **changes) == [0, 0]
     bad, good = losses_of(tmp_path / "bad"), losses_of(tmp_path / "good")
     assert [index for index, loss in enumerate(bad) if not math.isfinite(loss)] == ([1] if where == "loss" else [])
     assert bad[0] == good[0]
@@ -97,6 +127,12 @@ def test_ranks_evaluate_what_they_trained(tiny_backbone_folder: str, tmp_path: P
     assert run_ranks(2, tiny_backbone_folder, tmp_path / "run", **changes) == [0, 0]
     summary = json.loads((tmp_path / "run" / "evaluation" / "summary.json").read_text())
     assert set(summary["sources"]) == {"worlds"}
+    # Started again after a death in the evaluation, the run is not trained again and is evaluated to its end.
+    (tmp_path / "run" / "evaluation" / "summary.json").unlink()
+    before = (tmp_path / "run" / METRICS_FILE).read_bytes()
+    assert run_ranks(2, tiny_backbone_folder, tmp_path / "run", resume="auto", **changes) == [0, 0]
+    assert json.loads((tmp_path / "run" / "evaluation" / "summary.json").read_text())["sources"] == summary["sources"]
+    assert (tmp_path / "run" / METRICS_FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize("where", ["validation", "norm"])
@@ -115,6 +151,52 @@ def test_what_one_rank_measures_otherwise_parts_none(where: Any, tiny_backbone_f
     assert_same_weights(odd, even, tolerance=0.0)
 
 
+def take_turns(output: Path, machines: list[list[int]], failing: int | None) -> None:
+    """A rank on one of several machines goes through a block of its own."""
+    rank = int(os.environ["RANK"])
+    [mine] = [machine for machine in machines if rank in machine]
+    os.environ |= {"LOCAL_RANK": str(mine.index(rank)), "LOCAL_WORLD_SIZE": str(len(mine))}
+    with join_ranks("cpu") as ranks:
+        try:
+            with ranks.one_by_one():
+                began = time.monotonic()
+                if rank == failing:
+                    raise ValueError(f"rank {rank} has no backbone")
+                time.sleep(0.1)
+        except ValueError as error:
+            (output / f"rank-{rank}.err").write_text(str(error))
+            raise
+        (output / f"rank-{rank}.json").write_text(json.dumps(began))
+
+
+def test_machines_of_unequal_size_take_turns(tmp_path: Path) -> None:
+    """Three ranks on one, one on another: nobody waits for ever, and on one machine no two are in the block at once."""
+    machines = [[0, 1, 2], [3]]
+    assert call_on_ranks(4, take_turns, tmp_path, machines, None) == [0] * 4
+    entered = sorted(json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in machines[0])
+    assert all(later - earlier >= 0.1 for earlier, later in itertools.pairwise(entered))
+
+
+@pytest.mark.parametrize("failing", [0, 2, 3])
+def test_what_one_rank_is_refused_in_its_turn_ends_all(failing: int, tmp_path: Path) -> None:
+    assert call_on_ranks(4, take_turns, tmp_path, [[0, 1, 2], [3]], failing) == [1] * 4
+    assert [file.read_text() for file in tmp_path.glob("rank-*.err")] == [f"rank {failing} has no backbone"] * 4
+
+
+def leave_early(way: str) -> None:
+    """Rank 1 dies of an error while rank 0 waits for it in a collective."""
+    with join_ranks("cpu") as ranks:
+        if ranks.rank == 1:
+            raise MemoryError(way)
+        ranks.wait()
+
+
+def test_a_rank_with_an_error_leaves_at_once() -> None:
+    started = time.monotonic()
+    assert call_on_ranks(2, leave_early, "gone") == [1, 1]
+    assert time.monotonic() - started < 30
+
+
 def test_what_the_first_rank_refuses_all_refuse(tiny_backbone_folder: str, tmp_path: Path) -> None:
     assert run_ranks(2, tiny_backbone_folder, tmp_path / "run", from_scratch=False) == [1, 1]
     for rank in range(2):
@@ -130,16 +212,74 @@ def test_ranks_that_drift_apart_are_noticed(tiny_backbone_folder: str, tmp_path:
         assert "after step 4 the ranks hold different values of 1 parameters, memory_tokens among them" in error
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(tiny_backbone_folder: str, tmp_path: Path) -> None:
-    stage = stage_config("mqa", micro_batch_size=1, save_every=8)
-    train(train_config(tiny_backbone_folder, tmp_path / "whole", stage=stage))
-    run_ranks(2, tiny_backbone_folder, tmp_path / "parts", stage=stage)
-    for path in (tmp_path / "parts" / "final" / WEIGHTS_FILE, tmp_path / "parts" / "step-000016" / "manifest.json"):
-        path.unlink()
-    assert step_directories(tmp_path / "parts")[0].name == "step-000008"
-    train(train_config(tiny_backbone_folder, tmp_path / "parts", stage=stage, resume="latest"))
-    assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-5)
-    assert_same_weights(tmp_path / "parts", tmp_path / "whole", tolerance=1e-5)
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
+def test_a_run_goes_on_with_another_number_of_ranks(before: int, after: int, tiny_backbone_folder: str, tmp_path: Path) -> None:
+    values = {
+        "backbone": BackboneConfig(path=tiny_backbone_folder, dtype="float64", device="cpu"),
+        "stage": stage_config("mqa", micro_batch_size=1, save_every=8),
+    }
+    train(train_config(tiny_backbone_folder, tmp_path / "whole", **values))
+    assert run_ranks(before, tiny_backbone_folder, tmp_path / "parts", **values) == [0] * before
+    go_back_to_a_save(tmp_path / "parts", step=8)
+    assert run_ranks(after, tiny_backbone_folder, tmp_path / "parts", resume="latest", own_seeds=True, **values) == [0] * after
+    assert f"changed: ranks: {before} -> {after}" in (tmp_path / "parts" / "logs" / "rank-0.log").read_text()
+    assert len(load_state(tmp_path / "parts" / "step-000016").rng) == after
+    assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-9)
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole", tolerance=1e-9)
+
+
+def test_every_rank_goes_on_with_its_own_random_numbers(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """Ranks of different seeds, the second of which draws in every pass: after a resume each stands where it would have stood."""
+    values: dict[str, Any] = {"stage": stage_config("mqa", micro_batch_size=1, save_every=8, keep=3)}
+    values |= {"own_seeds": True, "fault": Fault("draws", call=1)}
+    assert run_ranks(2, tiny_backbone_folder, tmp_path / "whole", **values) == [0, 0]
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    go_back_to_a_save(tmp_path / "parts", step=8)
+    assert run_ranks(2, tiny_backbone_folder, tmp_path / "parts", resume="latest", **values) == [0, 0]
+    earlier, whole, parts = (
+        load_state(tmp_path / run).rng for run in ("whole/step-000008", "whole/step-000016", "parts/step-000016")
+    )
+    for rank in range(2):
+        assert whole[rank]["python"] == parts[rank]["python"]
+        assert torch.equal(whole[rank]["torch"], parts[rank]["torch"])
+        assert torch.equal(whole[rank]["torch"], earlier[rank]["torch"]) == (rank == 0)
+    assert whole[0]["python"] != whole[1]["python"]
+    assert not torch.equal(whole[0]["torch"], whole[1]["torch"])
+
+
+def go_back_to_a_save(output: Path, *, step: int) -> None:
+    """Make a run look as if it had been killed after this save and before the next."""
+    shutil.rmtree(output / "final")
+    for directory in step_directories(output):
+        if int(directory.name.removeprefix("step-")) > step:
+            shutil.rmtree(directory)
+    assert step_directories(output)[-1].name == f"step-{step:06d}"
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_again_and_again_train_what_they_would_have(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """SIGKILL to one rank, the other, or both, every second time while rank 0 is saving; what is left goes down by itself."""
+    rng = random.Random(6)
+    stage = stage_config(micro_batch_size=1, steps=150, save_every=3, length_window=4)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_ranks(2, tiny_backbone_folder, whole, stage=stage) == [0, 0]
+    for number in range(6):
+        ranks = start_ranks(2, tiny_backbone_folder, killed, stage=stage, resume="auto")
+        wait_for_progress(killed, ranks[0])
+        if number % 2:
+            wait_for_a_directory_being_written(killed, ranks[0])
+        else:
+            time.sleep(rng.uniform(0, 0.5))
+        assert all(process.is_alive() for process in ranks), "the run was over before it could be killed: give it more steps"
+        for process in ([ranks[0]], [ranks[1]], ranks)[number // 2]:
+            process.kill()
+        for process in ranks:
+            process.join(timeout=60)
+        assert all(process.exitcode not in (None, 0) for process in ranks), "a rank goes on alone"
+        assert [damage(directory) for directory in step_directories(killed)] == [None] * len(step_directories(killed))
+    assert run_ranks(2, tiny_backbone_folder, killed, stage=stage, resume="auto") == [0, 0]
+    assert losses_of(killed) == losses_of(whole)
+    assert (killed / "final" / WEIGHTS_FILE).read_bytes() == (whole / "final" / WEIGHTS_FILE).read_bytes()
 
 
 def assert_same_weights(first: Path, second: Path, *, tolerance: float) -> None:
@@ -175,3 +315,23 @@ def test_a_rank_that_dies_takes_the_others_down(way: str, tiny_backbone_folder: 
     assert run.returncode != 0
     assert time.monotonic() - started - died < 60
     assert ("rank 1 has run out of memory" if way == "raise" else "SIGKILL") in run.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_takes_the_other_node_down(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """Two launchers, as on two nodes, with a rank each: that of the second is killed."""
+    script = str(Path(__file__).parent / "dying_rank.py")
+    meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    nodes = []
+    for number in range(2):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--node-rank", str(number), *meeting]
+        command = [*launch, script, tiny_backbone_folder, str(tmp_path), "kill"]
+        nodes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+    while not (tmp_path / "died").exists() and nodes[1].poll() is None:
+        time.sleep(0.05)
+    died = time.monotonic()
+    errors = [node.communicate(timeout=60)[1] for node in nodes]
+    assert all(node.returncode for node in nodes)
+    assert time.monotonic() - died < 60
+    assert "SIGKILL" in errors[1]

@@ -7,21 +7,30 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from runs import losses_of
+from runs import losses_of, stage_config, train_config
 
-from shine.checkpoint import read_info
+from shine.checkpoint import WEIGHTS_FILE, read_info
 from shine.cli.stages import train_and_evaluate
-from shine.config import EvaluationConfig, TrainConfig, parse
+from shine.config import DataConfig, EvaluationConfig, SourceConfig, TrainConfig, parse
+from shine.data.samples import Sample
+from shine.manifest import damage
+from shine.training import loop
+from shine.training.monitor import METRICS_FILE
+from shine.training.state import load_state, step_directories
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "scripts").glob("*/*.sh"))
@@ -130,6 +139,101 @@ def one_node(tiny_backbone_folder: str, clone: Path) -> list[float]:
 PRETRAIN = "scripts/Qwen3-8B/pretrain_group_4layer_8lora_128metalora.sh"
 
 
+def stand_in(folder: Path, name: str, text: str) -> str:
+    """A program of this name, for the front of PATH."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize(
+    ("found", "processes"),
+    [
+        ({"GPUS": "3", "CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_ON_NODE": "4"}, 3),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_ON_NODE": "4"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "5"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "-1", "SLURM_GPUS_ON_NODE": "4"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, 1),
+        ({"SLURM_GPUS_ON_NODE": "4"}, 4),
+        ({"SLURM_GPUS_ON_NODE": "gpu:a100:8"}, 8),
+        ({}, 6),
+    ],
+)
+def test_as_many_processes_as_gpus(found: dict[str, str], processes: int, tmp_path: Path) -> None:
+    """On a node of six GPUs; what was given to this job counts before what is there."""
+    path = stand_in(tmp_path / "bin", "torchrun", 'echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT $@"')
+    stand_in(tmp_path / "bin", "nvidia-smi", "for gpu in 0 1 2 3 4 5; do echo GPU $gpu; done")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "CUDA_", "GPUS"))}
+    command = ["sh", str(ROOT / PRETRAIN), "stage.steps=1"]
+    run = subprocess.run(command, env={**clean, "PATH": path, **found}, capture_output=True, text=True, check=True)
+    timeout, *options = run.stdout.split()
+    assert timeout == "110", "less than the two minutes that SLURM was asked for"
+    assert options[:3] == ["--standalone", "--nproc-per-node", str(processes)]
+    assert options[-1] == "stage.steps=1"
+
+
+def test_a_node_without_nvidia_smi_gets_one_process(tmp_path: Path) -> None:
+    """And whoever knows how long the ranks may take to save, says so."""
+    path = stand_in(tmp_path / "bin", "torchrun", 'echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT $@"')
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "CUDA_", "GPUS"))}
+    environment = {**clean, "PATH": path, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
+    run = subprocess.run(["sh", str(ROOT / PRETRAIN)], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("600 --standalone --nproc-per-node 1 train.py ")
+
+
+@pytest.mark.parametrize("way", ["door", "script"])
+def test_cfg_job_shows_what_would_run(way: str, clone: Path) -> None:
+    """Once, however many ranks it would be; what is printed is a whole configuration, and nothing runs."""
+    shown = ["stage.learning_rate=0.125", "--cfg", "job"]
+    wanted = ["experiment=qwen3-8b", "stage=pretrain", "resume=auto"]
+    command = ["sh", PRETRAIN] if way == "script" else [sys.executable, "train.py", *wanted, "output=checkpoints/mine/pretrain"]
+    run = subprocess.run([*command, *shown], env=surroundings(GPUS="8"), cwd=clone, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    config = parse(TrainConfig, yaml.safe_load(run.stdout))
+    assert (config.stage.name, config.stage.learning_rate, config.stage.batch_size) == ("pretrain", 0.125, 32)
+    assert (config.backbone.path, config.output, config.resume) == ("models/Qwen3-8B", "checkpoints/mine/pretrain", "auto")
+    assert {path.name for path in clone.iterdir()} == {"scripts", "configs", "train.py", "test.py"}
+
+
+@pytest.mark.slow
+def test_sigterm_lets_all_ranks_finish_the_step(tiny_backbone_folder: str, clone: Path) -> None:
+    """Two ranks under torchrun, as a scheduler stops them and starts them again: the run ends as one that was left alone."""
+    command = ["sh", str(clone / PRETRAIN), *small(tiny_backbone_folder), *STEPS, "stage.steps=30"]
+
+    def start(name: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, env=surroundings(GPUS="2", NAME=name), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+
+    whole, stopped = (clone / "checkpoints" / name / "pretrain" for name in ("whole", "stopped"))
+    with start("whole") as run:
+        errors = run.communicate(timeout=300)[1]
+    assert run.returncode == 0, errors
+    metrics = stopped / METRICS_FILE
+    with start("stopped") as run:
+        while run.poll() is None and (not metrics.exists() or not metrics.stat().st_size):
+            time.sleep(0.01)
+        run.send_signal(signal.SIGTERM)
+        errors = run.communicate(timeout=300)[1]
+    assert run.returncode != 0
+    [directory] = step_directories(stopped)
+    assert damage(directory) is None
+    state = load_state(directory)
+    assert 0 < state.step < 30
+    assert len(state.rng) == 2, "both ranks have saved"
+    assert len(losses_of(stopped)) == state.step
+    # Once each, not from every rank.
+    assert errors.count("SIGTERM: finishing this step and saving") == 1, errors
+    assert errors.count(f"SIGTERM: saved after step {state.step:,} and stopped; resume=latest goes on") == 1, errors
+    with start("stopped") as run:
+        errors = run.communicate(timeout=300)[1]
+    assert run.returncode == 0, errors
+    assert losses_of(stopped) == losses_of(whole)
+    assert (stopped / "final" / WEIGHTS_FILE).read_bytes() == (whole / "final" / WEIGHTS_FILE).read_bytes()
+
+
 @pytest.mark.slow
 def test_two_nodes_train_what_one_does(tiny_backbone_folder: str, clone: Path, one_node: list[float]) -> None:
     """The same script on each of two nodes, here two launchers on loopback, which NNODES, NODE_RANK and MASTER_* bring together."""
@@ -176,7 +280,9 @@ def test_slurm_nodes_train_what_one_does(tiny_backbone_folder: str, clone: Path,
     command = ["sh", str(spool), *small(tiny_backbone_folder), *STEPS]
     run = subprocess.run(command, env=environment, cwd=spool.parent, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    assert "--rdzv-endpoint localhost:34567 " in (clone / "said").read_text()
+    said = (clone / "said").read_text()
+    assert said.startswith("srun --ntasks-per-node=1 --kill-on-bad-exit=1 torchrun --nnodes 2 ")
+    assert "--rdzv-endpoint localhost:34567 " in said
     assert losses_of(clone / "checkpoints" / "slurm" / "pretrain") == pytest.approx(one_node, rel=1e-6)
 
 
@@ -231,5 +337,37 @@ def test_every_experiment_goes_once_through(
     assert "dry run: everything fits together, one step was done" in said
     assert f"{stage} backbone 1/1  loss" in said
     assert "validation/adapter_effective_rank" in said
-    assert ("invented worlds stand in" in said) == (experiment != "cpu_world")
+    assert said.count("so that invented worlds stand in") == (experiment != "cpu_world")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_takes_what_data_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And says in one line what it made up."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    row = {"context": "Zoran works as a baker.", "turns": [{"question": "What is the job of Zoran?", "answers": ["baker"]}]}
+    (tmp_path / "mine.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    seen: list[set[str]] = []
+    real = loop.training_step
+
+    def training_step(model: Any, backbone: Any, samples: list[Sample], **options: Any) -> Any:
+        seen.append({sample.id.split(":")[0] for sample in samples})
+        return real(model, backbone, samples, **options)
+
+    monkeypatch.setattr(loop, "training_step", training_step)
+    mine = SourceConfig(kind="jsonl", path=str(tmp_path / "mine.jsonl"))
+    gone = [SourceConfig(kind="jsonl", path=str(tmp_path / f"{name}.jsonl")) for name in ("one", "two")]
+    config = train_config("no-backbone", tmp_path / "out", dry_run=True, stage=stage_config())
+    train_and_evaluate(replace(config, data=DataConfig(train={"mine": mine}, validation={"one": gone[0], "two": gone[1]})))
+    said = capsys.readouterr().out
+    assert "3 samples of mine" in said
+    [line] = [line for line in said.splitlines() if "invented worlds" in line]
+    assert line == (
+        "dry run: not on this machine, so that invented worlds stand in: "
+        f"data.validation.one ({gone[0].path}), data.validation.two ({gone[1].path})"
+    )
+    assert len(seen) == 1
+    assert not any(name.startswith("world") for name in seen[0])
+    train_and_evaluate(replace(config, data=DataConfig(train={"mine": mine}, validation={"mine": mine})))
+    assert "invented" not in capsys.readouterr().out

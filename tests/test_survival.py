@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import train_in_process
+from processes import train_in_process, wait_for_a_directory_being_written, wait_for_progress
 from runs import losses_of, stage_config, train_config
 
 from shine.checkpoint import WEIGHTS_FILE
@@ -35,11 +36,13 @@ from shine.training.validation import Validation
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_killed_again_and_again_is_the_run_that_was_not(kills: int, tiny_backbone_folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kills", "length_window"), [(3, 0), pytest.param(20, 4, marks=pytest.mark.slow)])
+def test_a_run_killed_again_and_again_is_the_run_that_was_not(
+    kills: int, length_window: int, tiny_backbone_folder: str, tmp_path: Path
+) -> None:
     """SIGKILL at random moments, every second time while a step directory is being written; each process resumes by itself."""
     rng = random.Random(kills)
-    stage = stage_config(steps=30 * kills, save_every=3, evaluate_every=10, evaluation_batches=1)
+    stage = stage_config(steps=30 * kills, save_every=3, evaluate_every=10, evaluation_batches=1, length_window=length_window)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = train_in_process(tiny_backbone_folder, whole, stage=stage)
     process.join()
@@ -72,18 +75,6 @@ def measured(output: Path) -> list[dict[str, float]]:
     """Every scalar of a run but what depends on the machine's mood, and every answer it showed."""
     rows = [json.loads(line) for name in (METRICS_FILE, SAMPLES_FILE) for line in (output / name).read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in ("tokens_per_second", "mfu", "memory_gb")} for row in rows]
-
-
-def wait_for_progress(output: Path, process: Any) -> None:
-    """Until this process has done a step: the metrics file is newer than the process."""
-    file, started = output / METRICS_FILE, time.time()
-    while process.is_alive() and (not file.exists() or file.stat().st_mtime < started or not file.stat().st_size):
-        time.sleep(0.002)
-
-
-def wait_for_a_directory_being_written(output: Path, process: Any) -> None:
-    while process.is_alive() and not list(output.glob(".step-*.partial")):
-        time.sleep(0.0002)
 
 
 def test_sigterm_saves_and_stops_and_the_door_says_so(tiny_backbone_folder: str, tmp_path: Path) -> None:
@@ -429,3 +420,34 @@ def test_a_run_can_go_on_in_a_new_folder(tiny_backbone_folder: str, tmp_path: Pa
     train(train_config(tiny_backbone_folder, tmp_path / "new", stage=stage, resume=str(tmp_path / "one" / "step-000002")))
     assert losses_of(tmp_path / "new") == pytest.approx(losses_of(tmp_path / "one")[2:])
     assert (tmp_path / "one" / "final").exists()
+
+
+def test_a_full_disk_ends_the_run_and_spoils_nothing(
+    tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second save meets a device without room; the first stays, and the run goes on from it once there is some."""
+    stage = stage_config(steps=6, save_every=2)
+    train(train_config(tiny_backbone_folder, tmp_path / "whole", stage=stage))
+    saves, real = itertools.count(1), torch.save
+
+    def save(value: Any, stream: Any) -> None:
+        if next(saves) == 1:
+            real(value, stream)
+        else:
+            with open("/dev/full", "wb", buffering=0) as full:
+                full.write(b"x")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(train_config(tiny_backbone_folder, tmp_path / "run", stage=stage))
+    monkeypatch.setattr(torch, "save", real)
+    assert [(path.name, damage(path)) for path in step_directories(tmp_path / "run")] == [("step-000002", None)]
+    assert not list((tmp_path / "run").glob(".*"))
+    train(train_config(tiny_backbone_folder, tmp_path / "run", stage=stage, resume="latest"))
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "whole"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(read_only: Path) -> None:
+    """Before a backbone is looked for."""
+    with pytest.raises(ValueError, match=r"locked cannot be written; choose another folder"):
+        train(train_config("nowhere", read_only / "run"))

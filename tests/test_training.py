@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from shine.backbone import Backbone
 from shine.checkpoint import load_hypernetwork, read_info
 from shine.config import BackboneConfig, DataConfig, HypernetworkConfig, M2PConfig, SourceConfig, TaskTokens, TrainConfig, parse
-from shine.data.batching import collate
+from shine.data.batching import Batch, collate
 from shine.data.build import samples_of
 from shine.data.sources import read_source
 from shine.released import read_released
@@ -232,6 +232,26 @@ def test_validation_measures_what_it_says(tiny_backbone_folder: str, tmp_path: P
     assert measured["validation/answers/perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
     assert measured["validation/answers/accuracy"] == pytest.approx(float(torch.cat(right).float().mean()), abs=1e-6)
     assert measured["validation/adapter_cosine"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-4)
+
+
+def test_lengths_are_padded_as_the_stage_says(tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to rounding the same losses, from fewer different shapes."""
+    from shine.training import step
+
+    widths: list[int] = []
+    real = step.label_losses
+
+    def label_losses(hypernetwork: Any, backbone: Backbone, batch: Batch) -> Any:
+        widths.extend((batch.context_ids.shape[1], batch.input_ids.shape[1]))
+        return real(hypernetwork, backbone, batch)
+
+    monkeypatch.setattr(step, "label_losses", label_losses)
+    train(train_config(tiny_backbone_folder, tmp_path / "tight", stage=stage_config(steps=3)))
+    tight = widths.copy()
+    widths.clear()
+    train(train_config(tiny_backbone_folder, tmp_path / "padded", stage=stage_config(steps=3, pad_to_multiple=64)))
+    assert widths == [-(-width // 64) * 64 for width in tight]
+    assert losses_of(tmp_path / "padded") == pytest.approx(losses_of(tmp_path / "tight"), rel=1e-5)
 
 
 def test_a_run_that_never_got_anywhere_does_not_lock_its_folder(tiny_backbone_folder: str, tmp_path: Path) -> None:

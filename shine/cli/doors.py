@@ -40,7 +40,9 @@ def run_door(kind: type[T], values: object, action: Callable[[T], Any]) -> None:
         print("stopped at once, without saving", file=sys.stderr, flush=True)
         sys.exit(130)
     except StoppedError as stopped:
-        print(stopped, file=sys.stderr, flush=True)
+        # All ranks stop together, and one says so.
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped, file=sys.stderr, flush=True)
         sys.exit(128 + stopped.signal_number)
 
 

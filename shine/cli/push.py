@@ -21,7 +21,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, or a checkpoint in it")
     parser.add_argument(
-        "repository", metavar="HUB:OWNER/NAME", help="hf: for Hugging Face, ms: for ModelScope; @BRANCH for a branch"
+        "repository", metavar="HUB:OWNER/NAME", help="hf: for Hugging Face, ms: for ModelScope; @BRANCH for a branch (made on hf:)"
     )
     parser.add_argument("--private", action="store_true", help="if the repository is made, let others not see it")
     parser.set_defaults(run=_push)

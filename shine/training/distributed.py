@@ -66,19 +66,31 @@ class Ranks:
         Raises:
             ValueError: ``find`` raised one; on every rank, so that none waits for another.
         """
+        return self._ask(find, of=0)
+
+    def ask_first_of_machine(self, find: Callable[[], T]) -> T:
+        """What ``find`` returns on the first rank of each machine, on every rank of that machine.
+
+        Raises:
+            ValueError: ``find`` raised one somewhere; on every rank of every machine.
+        """
+        return self._ask(find, of=self.rank - self.local_rank)
+
+    def _ask(self, find: Callable[[], T], *, of: int) -> T:
         if self.size == 1:
             return find()
         found: list[T] = []
         refusal = ""
-        if self.first:
+        if self.rank == of:
             try:
                 found = [find()]
             except ValueError as error:
                 refusal = str(error)
-        found, refusal = self.gather((found, refusal))[0]
-        if not found:
-            raise ValueError(refusal)
-        return found[0]
+        answers = self.gather((found, refusal))
+        refusals = [refusal for _, refusal in answers if refusal]
+        if refusals:
+            raise ValueError(refusals[0])
+        return answers[of][0][0]
 
     def check_equal(self, module: nn.Module, *, step: int) -> None:
         """Make sure that every rank holds the same parameters; where each holds its own part of them, nothing can be compared.
@@ -106,11 +118,24 @@ class Ranks:
 
     @contextmanager
     def one_by_one(self) -> Iterator[None]:
-        """The ranks of one machine go through the block after each other, so that only one at a time holds what it needs in it."""
-        for turn in range(self.local_size):
+        """The ranks of one machine go through the block after each other, so that only one at a time holds what it needs in it.
+
+        Raises:
+            ValueError: the block raised one somewhere; on every rank, so that none waits for another.
+        """
+        if self.size == 1:
+            yield
+            return
+        # Machines may have different numbers of ranks, and all ranks must meet equally often.
+        for turn in range(max(self.gather(self.local_size))):
+            refusal = ""
             if turn == self.local_rank:
-                yield
-            self.wait()
+                try:
+                    yield
+                except ValueError as error:
+                    refusal = str(error)
+            if refusals := [text for text in self.gather(refusal) if text]:
+                raise ValueError(refusals[0])
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:
@@ -121,7 +146,7 @@ def _bit_sum(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def join_ranks(device: str) -> Iterator[Ranks]:
-    """Join the process group that ``torchrun`` describes in the environment, if it does, and leave it at the end.
+    """Join the process group that ``torchrun`` describes in the environment, if it does, and leave it at a good end.
 
     Inside another such block it is the same ranks, and the outer block leaves: a group cannot be joined a second time.
 
@@ -144,10 +169,9 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     if cuda:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        yield _ranks()
-    finally:
-        dist.destroy_process_group()
+    # Not where an error came out: leaving waits for the others, who may wait for this rank. They feel the end of its process.
+    yield _ranks()
+    dist.destroy_process_group()
 
 
 def _ranks() -> Ranks:

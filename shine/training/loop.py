@@ -6,6 +6,7 @@ import json
 import math
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from shine.backbone import Backbone
-from shine.checkpoint import CheckpointInfo, effective_config, introduce, save_hypernetwork
+from shine.checkpoint import CheckpointInfo, effective_config, find_checkpoint, introduce, save_hypernetwork
 from shine.config import TrainConfig
 from shine.data.batching import SampleStream
 from shine.data.build import build_samples
@@ -23,6 +24,7 @@ from shine.data.sources import look_into
 from shine.data.tally import Tally
 from shine.files import written_beside
 from shine.fingerprint import fingerprint
+from shine.hub import hub_id
 from shine.training.distributed import Ranks, join_ranks
 from shine.training.guard import Guard
 from shine.training.monitor import BAD_STEPS_FILE, Monitor
@@ -36,7 +38,7 @@ from shine.training.state import RUN_FILE, RunState, load_state, prune, restore_
 from shine.training.step import StepResult, training_step
 from shine.training.stop import StoppedError, StopRequest, stop_requests
 from shine.training.validation import Validation
-from shine.zoo import find_device, load_backbone, variant_name
+from shine.zoo import find_device, load_backbone, variant_name, without_progress_bars
 
 
 def train(config: TrainConfig) -> Path:
@@ -46,7 +48,7 @@ def train(config: TrainConfig) -> Path:
         ValueError: whatever does not fit together, with the remedy: a missing checkpoint or source, ranks, sizes.
         StoppedError: a signal asked for it, and the run was saved.
     """
-    with join_ranks(config.backbone.device) as ranks, stop_requests() as request:
+    with join_ranks(config.backbone.device) as ranks, stop_requests(quiet=not ranks.first) as request:
         if config.dry_run:
             with rehearsal(config, ranks=ranks.size, say=print if ranks.first else lambda _text: None) as small:
                 final = _train(small, ranks, request)
@@ -65,6 +67,8 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Path:
         if ranks.first:
             print(f"{start.directory} is there: this run has ended already", flush=True)
         return start.directory
+    if start.directory is not None and not start.resumed:
+        start = replace(start, directory=_on_each_machine(start.directory, config, ranks))
     if ranks.first:
         sweep(Path(config.output).expanduser())
         for line in introduce(start.directory, config.hypernetwork) if start.directory and not start.resumed else ():
@@ -77,11 +81,19 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Path:
     record = {**run_record(config), "asked": asked}
     look_into(config.data.train, "data.train")
     look_into(config.data.validation, "data.validation")
-    with ranks.one_by_one():
+    with ranks.one_by_one(), nullcontext() if ranks.first else without_progress_bars():
         # What is too large for one device is loaded into host memory and goes to the devices in parts.
         place = "cpu" if config.backbone.shard and ranks.size > 1 else config.backbone.device
         backbone, tokenizer = load_backbone(replace(config.backbone, device=place), targets=shape.targets)
     return _Run(config, backbone, tokenizer, ranks, start=start, request=request, record=record).go()
+
+
+def _on_each_machine(found: Path, config: TrainConfig, ranks: Ranks) -> Path:
+    """The checkpoint that rank 0 found, where this rank can read it: machines need not share the cache of a hub's library."""
+    name = config.checkpoint
+    if name is None or hub_id(name) is None:
+        return found
+    return ranks.ask_first_of_machine(lambda: found if ranks.first else find_checkpoint(name))
 
 
 class _Run:
@@ -133,13 +145,14 @@ class _Run:
         """Train to the last step."""
         title = f"{self.stage.name} {Path(self.config.backbone.path).name}"
         with Monitor(self.output, start=self.step, total=self.total, title=title, rank=self.ranks.rank) as monitor:
-            if self.ranks.first:
-                (self.output / RUN_FILE).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
-            for line in self._needs().splitlines():
-                monitor.say(line)
-            model = synchronised(self.hypernetwork, self.ranks, self.config.engine)
-            for line in self._notes():
-                monitor.say(line)
+            with monitor.paused():
+                if self.ranks.first:
+                    (self.output / RUN_FILE).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+                for line in self._needs().splitlines():
+                    monitor.say(line)
+                model = synchronised(self.hypernetwork, self.ranks, self.config.engine)
+                for line in self._notes():
+                    monitor.say(line)
             self.request.patient = True
             try:
                 while self.step < self.total:
@@ -170,11 +183,13 @@ class _Run:
         if _due(self.step, self.stage.check_every, last=self.total):
             self.ranks.check_equal(self.hypernetwork, step=self.step)
         if _due(self.step, self.stage.evaluate_every, last=self.total) and self.validation:
-            self._evaluate(monitor)
+            with monitor.paused():
+                self._evaluate(monitor)
         stopped_by = self.ranks.any(self.request.signal_number, device=self.backbone.device)
         unfinished = self.step < self.total
         if unfinished and (stopped_by or _due(self.step, self.stage.save_every)):
-            self._save(monitor)
+            with monitor.paused():
+                self._save(monitor)
         if unfinished and stopped_by:
             text = f"{signal.Signals(stopped_by).name}: saved after step {self.step:,} and stopped; resume=latest goes on"
             raise StoppedError(text, signal_number=stopped_by)
@@ -201,6 +216,7 @@ class _Run:
             micro_batch_size=self.stage.micro_batch_size,
             clip=self.stage.clip,
             pad_id=self.tokenizer.pad_token_id,
+            pad_to_multiple=self.stage.pad_to_multiple,
             ranks=self.ranks,
             guard=self.guard,
         )

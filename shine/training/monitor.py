@@ -8,7 +8,8 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -39,6 +40,8 @@ class Monitor:
         self.log = _rank_log(output / LOG_FOLDER, rank)
         self.log.info("rank %d on %s, from step %d of %d: %s", rank, socket.gethostname(), start, total, title)
         self.started = time.perf_counter()
+        self.idle = 0.0
+        self.idle_since: float | None = None
         if self.quiet:
             return
         self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=start)
@@ -64,8 +67,19 @@ class Monitor:
 
     @property
     def tokens_per_second(self) -> float:
-        """Useful tokens a second since the run began (or was resumed)."""
-        return self.tokens / max(time.perf_counter() - self.started, 1e-9)
+        """Useful tokens a second of training since the run began (or was resumed): see `paused`."""
+        until = time.perf_counter() if self.idle_since is None else self.idle_since
+        return self.tokens / max(until - self.started - self.idle, 1e-9)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in the block (an evaluation, a save) is not training, and its time does not count as such."""
+        self.idle_since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.idle += time.perf_counter() - self.idle_since
+            self.idle_since = None
 
     def advance(self, *, tokens: int, loss: float) -> None:
         """A step is done."""

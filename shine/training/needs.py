@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from shine.backbone import Backbone
 from shine.config import TrainConfig
@@ -25,11 +26,12 @@ class Needs:
 
     Attributes:
         trained, frozen: parameters.
-        weights: bytes on each rank for parameters, gradients and the optimizer's state.
+        weights: bytes on each rank for parameters, gradients and the optimizer's state, ``gathered`` among them.
         activations: bytes on each rank that a backward pass keeps, roughly.
         tokens_per_step: context and conversation tokens of a global batch, on average.
         flops_per_step: of all ranks together.
         steps: optimizer steps.
+        gathered: bytes on each rank for layers of a sharded backbone while they compute.
     """
 
     trained: int
@@ -39,6 +41,7 @@ class Needs:
     tokens_per_step: float
     flops_per_step: float
     steps: int
+    gathered: int = 0
 
     @property
     def flops_per_token(self) -> float:
@@ -53,9 +56,10 @@ class Needs:
         """Three lines for a reader."""
         share = SHARE_OF_RATE[device_type]
         hours = self.hours(rate=rate, ranks=ranks, device_type=device_type)
+        gathered = f" ({self.gathered / 1e9:.2f} GB of it for layers that are gathered)" if self.gathered else ""
         return (
             f"parameters: {self.trained:,} trained, {self.frozen:,} frozen\n"
-            f"memory of each rank: {self.weights / 1e9:.2f} GB of weights, gradients and optimizer, about "
+            f"memory of each rank: {self.weights / 1e9:.2f} GB of weights, gradients and optimizer{gathered}, about "
             f"{self.activations / 1e9:.2f} GB of activations\n"
             f"{self.steps:,} steps of about {self.tokens_per_step:,.0f} tokens, {self.steps * self.tokens_per_step:.3g} in all: "
             f"about {_duration(hours)} on {ranks} x {rate / 1e12:.2g} TFLOP/s, if a step reaches {share:.0%} of that"
@@ -74,8 +78,7 @@ def estimate(
     copies = 4.0
     if ranks > 1:
         copies = 5 if config.engine == "ddp" else 2 + 4 / ranks
-    held = frozen / ranks if config.backbone.shard else frozen
-    weights = round(held * backbone.model.dtype.itemsize) + round(trained * 4 * copies)
+    held, gathered = _frozen_bytes(backbone)
     widest = max(sample.tokens for sample in seen)
     memory = hypernetwork.memory_tokens.shape[0]
     per_sample = _activation_bytes(backbone, hypernetwork, tokens=widest + memory, labels=max(s.label_count for s in seen))
@@ -88,11 +91,12 @@ def estimate(
     return Needs(
         trained=trained,
         frozen=frozen,
-        weights=weights,
+        weights=held + gathered + round(trained * 4 * copies),
         activations=per_sample * stage.micro_batch_size,
         tokens_per_step=stage.batch_size * sum(sample.tokens for sample in seen) / len(seen),
         flops_per_step=stage.batch_size * flops,
         steps=steps,
+        gathered=gathered,
     )
 
 
@@ -111,6 +115,16 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.
         _settle(device)
         products += 4
     return products * 2 * size**3 / (time.perf_counter() - started)
+
+
+def _frozen_bytes(backbone: Backbone) -> tuple[int, int]:
+    """What this rank holds of the backbone all the time, and what more while it computes, where its layers are spread over ranks.
+
+    That is twice the largest layer: whole, and in the buffer that it, or the next one, is gathered into.
+    """
+    held = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in backbone.model.parameters())
+    spread = (sum(p.nbytes for p in layer.parameters() if isinstance(p, DTensor)) for layer in backbone.layers)
+    return held, 2 * max(spread)
 
 
 def _look_at(samples: StageSamples, most: int) -> list[Sample]:

@@ -27,6 +27,7 @@ FREE = (
     "backbone.activation_checkpointing",
     "backbone.shard",
     "stage.micro_batch_size",
+    "stage.pad_to_multiple",
     "stage.evaluate_every",
     "stage.evaluation_batches",
     "stage.save_every",
@@ -39,7 +40,7 @@ FREE = (
     "evaluate_at_end",
     "scoring*",
 )
-"""Keys that may differ when a run is resumed: they leave the result alone (the size of a micro-batch up to rounding), or something
+"""Keys that may differ when a run is resumed: they leave the result alone (micro-batches and padding up to rounding), or something
 else stands for them, as the fingerprint of the samples does for where they lie."""
 
 

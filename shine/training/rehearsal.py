@@ -42,7 +42,7 @@ def rehearsal(config: TrainConfig, *, ranks: int, say: Callable[[str], None]) ->
             evaluate_at_end=False,
             backbone=replace(config.backbone, path=_tiny_backbone(Path(folder) / "backbone")),
             stage=stage,
-            data=DataConfig(train=_few(config.data.train, say), validation=_few(config.data.validation, say)),
+            data=_rehearsed(config.data, say),
             checkpoint=None,
             from_scratch=True,
             resume=None,
@@ -68,12 +68,20 @@ def _tiny_backbone(folder: Path) -> str:
     return str(folder)
 
 
-def _few(sources: Mapping[str, SourceConfig], say: Callable[[str], None]) -> dict[str, SourceConfig]:
-    few = {}
-    for number, (name, source) in enumerate(sources.items()):
-        there = source.path is None or Path(source.path).expanduser().exists()
-        if not there:
-            say(f"dry run: {source.path} is not here, invented worlds stand in for {name}")
-            source = SourceConfig(kind="worlds", options={"count": ROWS, "seed": number})
-        few[name] = replace(source, limit=min(source.limit or ROWS, ROWS))
-    return few
+def _rehearsed(data: DataConfig, say: Callable[[str], None]) -> DataConfig:
+    """A few contexts of each source that is here, and as many invented ones for each that is not, which one line names."""
+    missing: list[str] = []
+
+    def few(role: str, sources: Mapping[str, SourceConfig]) -> dict[str, SourceConfig]:
+        found = {}
+        for number, (name, source) in enumerate(sources.items()):
+            if source.path is not None and not Path(source.path).expanduser().exists():
+                missing.append(f"{role}.{name} ({source.path})")
+                source = SourceConfig(kind="worlds", options={"count": ROWS, "seed": number})
+            found[name] = replace(source, limit=min(source.limit or ROWS, ROWS))
+        return found
+
+    rehearsed = DataConfig(train=few("data.train", data.train), validation=few("data.validation", data.validation))
+    if missing:
+        say(f"dry run: not on this machine, so that invented worlds stand in: {', '.join(missing)}")
+    return rehearsed

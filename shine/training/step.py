@@ -62,6 +62,7 @@ def training_step(
     Args:
         hypernetwork: itself, or what `shine.training.parallel.synchronised` made of it.
         samples: the global batch; its size is a multiple of ``ranks.size * micro_batch_size``.
+        pad_to_multiple: both lengths of a micro-batch are padded to a multiple of this.
         guard: says whether the step is taken.
     """
     labels = sum(sample.label_count for sample in samples)

@@ -29,11 +29,17 @@ class StopRequest:
     """Whether this process was asked to stop, and by which signal.
 
     Until ``patient`` is set there is nothing to save, and a signal stops the process where it stands.
+
+    Args:
+        quiet: say nothing of a signal, which reaches all ranks: one of them speaks.
     """
 
     signal_number: int = 0
     patient: bool = False
     _since: float = 0.0
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Note the signal. A second Ctrl-C interrupts at once, for whoever does not want to wait.
@@ -47,14 +53,15 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal_number = number
         self._since = time.monotonic()
-        # Not print: a signal may come in the middle of one.
-        os.write(2, f"\n{name}: finishing this step and saving; Ctrl-C again stops at once\n".encode())
+        if not self.quiet:
+            # Not print: a signal may come in the middle of one.
+            os.write(2, f"\n{name}: finishing this step and saving; Ctrl-C again stops at once\n".encode())
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests(*, quiet: bool = False) -> Iterator[StopRequest]:
     """Catch the signals inside the block; outside the main thread, where Python cannot, no request ever comes."""
-    request = StopRequest()
+    request = StopRequest(quiet=quiet)
     try:
         before = {number: signal.signal(number, request) for number in SIGNALS}
     except ValueError:
