@@ -211,8 +211,8 @@ class PromptConfig:
         complete: likewise for a completion.
     """
 
-    system: str = "Answer the question with the answer alone."
-    in_context: str = "{context}\n\n{question}"
+    system: str = "Answer with a few words only, without a sentence."
+    in_context: str = "{context}\n\nQuestion: {question}"
     repeat: str = "Repeat the text above, word for word."
     complete: str = "Write the text above once more, word for word, and continue it to its end."
 

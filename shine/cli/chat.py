@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from shine.cli.commands import Commands, add_command
 from shine.cli.models import (
-    add_json_option,
-    add_model_options,
-    add_reading_options,
+    add_document_options,
+    add_strength_option,
     encode_document,
     load_shine,
     positive,
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from shine.chat import Conversation
-    from shine.evaluation.methods import Method
+    from shine.cli.side_by_side import SideBySide
     from shine.lora import LoRA
     from shine.model import Shine
 
@@ -53,11 +52,9 @@ shine chat --context notes.txt --model cpu-world --compare
     parser.add_argument("--adapter", nargs="+", metavar="FOLDER", default=[], help="adapters that `shine encode` wrote")
     parser.add_argument("-q", "--question", action="append", metavar="Q", help="ask this; repeat it for further turns")
     parser.add_argument("--compare", action="store_true", help="SHINE, In-Context and Only Question side by side")
-    parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="multiply the update (default: 1)")
+    add_strength_option(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (default: 256)")
-    add_json_option(parser)
-    add_model_options(parser)
-    add_reading_options(parser)
+    add_document_options(parser)
     parser.set_defaults(run=_chat)
 
 
@@ -172,40 +169,27 @@ class _Comparison(_Talk):
     """The three methods side by side, each with its own earlier answers."""
 
     text: str = ""
-    histories: dict[str, tuple[tuple[str, str], ...]] = field(init=False)
-    methods: list[Method] = field(init=False)
+    talks: SideBySide = field(init=False)
 
     def __post_init__(self) -> None:
-        from shine.data.examples import Example
-        from shine.evaluation.side_by_side import three_methods
+        from shine.cli.side_by_side import SideBySide
 
+        self.talks = SideBySide(self.shine, self.lora, self.text)
         super().__post_init__()
-        self.methods = three_methods(self.shine)
-        for method in self.methods:
-            method.examples = [Example("context", self.text)]
 
     def reset(self) -> None:
-        super().reset()
-        self.histories = {}
+        self.talks.reset()
 
     def turn(self, question: str) -> dict[str, object]:
         from rich import box
         from rich.table import Table
         from rich.text import Text
 
-        from shine.evaluation.methods import Asked
         from shine.evaluation.tables import TITLES
 
-        self.methods[0].lora = strong(self.lora, self.strength).to(self.shine.backbone.device, self.shine.backbone.dtype)
-        answers: dict[str, str] = {}
-        seconds: dict[str, float] = {}
-        for method in self.methods:
-            started = time.perf_counter()
-            history = self.histories.get(method.name, ())
-            found = method.answer([Asked(0, question, history)], max_new_tokens=self.args.max_new_tokens, batch_size=1)[0]
-            seconds[method.name] = round(time.perf_counter() - started, 3)
-            answers[method.name] = found.text + (" …" if found.cut else "")
-            self.histories[method.name] = (*history, (question, found.text))
+        told = list(self.talks.ask(question, strength=self.strength, max_new_tokens=self.args.max_new_tokens))
+        answers = {each.method: each.text + (" …" if each.cut else "") for each in told}
+        seconds = {each.method: round(each.seconds, 3) for each in told}
         if not self.args.json:
             table = Table(box=box.SIMPLE_HEAD, expand=True, title=Text(question), title_justify="left")
             for name in answers:
