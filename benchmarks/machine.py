@@ -198,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 256, 1024], help="tokens at once (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", help="as for test.py (default: its own SmolLM2)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     config = configured(EvaluationConfig, "test", args.overrides)
     with without_progress_bars():
         backbone, _ = load_backbone(config.backbone, targets=config.hypernetwork.targets)
