@@ -6,10 +6,11 @@ PYTHON ?= $(or $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$(error SHINE needs Python 3.11, 3.12 or 3.13 and found none. Install one (Debian, Ubuntu: apt install python3.12-venv; \
 	macOS: brew install python@3.12; conda create -n shine python=3.12) or name it: make PYTHON=/path/to/python3.12 …))
 READY = .venv/.ready
+ENGINES = .venv/.engines
 RUN = .venv/bin/python
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo test test-all lint reproduce lock clean
+.PHONY: help setup demo test test-all lint bench reproduce lock clean
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,13 +33,19 @@ test: $(READY) ## run the test suite without what is slow, and list what was lef
 	@echo "Left out as slow (make test-all runs them):"
 	@$(RUN) -m pytest -m slow --collect-only -q | grep :: || echo "none"
 
-test-all: $(READY) ## run every test
+$(ENGINES): $(READY)
+	@$(RUN) scripts/setup_venv.py engines
+
+test-all: $(ENGINES) ## run every test; once builds llama.cpp and adds Gradio for it (a C++ compiler, minutes)
 	@$(RUN) -m pytest
 
 lint: $(READY) ## check style, format and types
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
+
+bench: $(READY) ## time ours against the published recipe, plain LoRA and a plain forward pass on SmolLM2-135M (under 15 minutes)
+	@for part in train_step encode generate evaluate; do $(RUN) benchmarks/$$part.py || exit 1; echo; done
 
 reproduce: $(READY) ## rebuild the CPU world from nothing (at most two hours on two cores)
 	@PYTHON=$(RUN) sh examples/cpu_world/reproduce.sh

@@ -2,6 +2,7 @@
 
     python3 scripts/setup_venv.py           what make does when .venv is missing or older than the lock
     python3.11 scripts/setup_venv.py lock   write requirements.lock again: the newest releases pyproject.toml allows
+    python3 scripts/setup_venv.py engines   what only `make test-all` needs: llama.cpp, built from source, and Gradio
 
 On Linux, PyPI's torch brings gigabytes of CUDA libraries. So pip is first asked what it would install (it reads package
 metadata only). Without CUDA packages, or with them and an nvidia-smi on the PATH, that is installed; with them and no
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,13 @@ READY = VENV / ".ready"
 """Written last: a set-up that was interrupted or failed has none, and make runs it again."""
 LOCK = ROOT / "requirements.lock"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+ENGINES_READY = VENV / ".engines"
+LLAMA_CPP = " ".join(
+    f"-D{part}=OFF"
+    for part in ("LLAVA_BUILD", *(f"LLAMA_BUILD_{what}" for what in ("TOOLS", "TESTS", "EXAMPLES", "SERVER", "APP")))
+)
+"""Leaves out of llama.cpp's build what the tests do not use."""
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SUPPORTED = ((3, 11), (3, 13))
 CUDA_PACKAGE = re.compile(r"(nvidia|cuda)[-_]")
 GPU_PACKAGE = re.compile(r"(nvidia|cuda)[-_]|triton$")
@@ -162,6 +171,33 @@ def set_up() -> None:
     READY.touch()
 
 
+def engines() -> None:
+    """Add the extra ``test-all`` to a .venv that is ready."""
+    python = VENV / "bin" / "python"
+    ENGINES_READY.unlink(missing_ok=True)
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["test-all"]
+    with tempfile.TemporaryDirectory() as folder:
+        # Gradio lags behind in what it allows of pillow; everything else stays as the lock says.
+        pins = Path(folder, "constraints.txt")
+        pins.write_text("".join(f"{line}\n" for line in LOCK.read_text().splitlines() if not line.startswith("pillow==")))
+        os.environ["CMAKE_ARGS"] = os.environ.get("CMAKE_ARGS") or LLAMA_CPP
+        try:
+            with phase(f"installing {', '.join(wanted)} (llama.cpp is built from source, minutes)"):
+                pip_install(python, "-c", pins, *wanted)
+        except SetupError as error:
+            raise SetupError(
+                f"{error}\n\nllama.cpp needs a C++ compiler (Debian, Ubuntu: apt install g++). Without all this: `make test`, or "
+                "`.venv/bin/python -m pytest`, which skips the tests of llama.cpp and the page and says so."
+            ) from None
+    if not any(map(shutil.which, BROWSERS)):
+        try:
+            with phase("asking Playwright for a Chromium, since there is none here"):
+                run(python, "-m", "playwright", "install", "chromium")
+        except SetupError:
+            say("no Chromium: the test of the page will be skipped (Debian, Ubuntu: apt install chromium)")
+    ENGINES_READY.touch()
+
+
 def lock() -> None:
     """Write the lock: the newest releases that pyproject.toml allows, without downloading them."""
     if sys.version_info[:2] != SUPPORTED[0]:
@@ -182,7 +218,7 @@ def main() -> None:
     version = ".".join(map(str, sys.version_info[:2]))
     if not SUPPORTED[0] <= sys.version_info[:2] <= SUPPORTED[1]:
         sys.exit(f"SHINE runs on Python 3.11 to 3.13, this is {version}. Name another one: make PYTHON=python3.12 …")
-    commands = {(): set_up, ("lock",): lock}
+    commands = {(): set_up, ("lock",): lock, ("engines",): engines}
     arguments = tuple(sys.argv[1:])
     if arguments not in commands:
         sys.exit(__doc__)

@@ -154,6 +154,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     return said + token_ids(tokenizer, f"{START}assistant\n{assistant_prefix}")
 
 
+def prompt_text(messages: Sequence[Message]) -> str:
+    """The text of what `encode_prompt` gives the ids of, for those who tokenise it elsewhere."""
+    said = "".join(f"{START}{message.role}\n{message.content}{END}\n" for message in messages)
+    return f"{said}{START}assistant\n"
+
+
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer."""
     vocabulary = tokenizer.get_vocab()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shine.config import HypernetworkConfig
 
@@ -72,9 +72,13 @@ class Fingerprint:
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
     """The fingerprint of a model and its tokenizer as they are in memory."""
-    config = {name: getattr(model.config, name, None) for name in _SHAPE}
     cuts = {"vocabulary": tokenizer.get_vocab(), "merges": _merges(tokenizer), "probe": tokenizer(_PROBE)["input_ids"]}
-    return Fingerprint(_short(_without_none(config)), _short(cuts), _short_of_weights(model.named_parameters()))
+    return Fingerprint(config_fingerprint(model.config), _short(cuts), _short_of_weights(model.named_parameters()))
+
+
+def config_fingerprint(config: PretrainedConfig) -> str:
+    """The first part of a backbone's fingerprint, which needs no weights."""
+    return _short(_without_none({name: getattr(config, name, None) for name in _SHAPE}))
 
 
 @torch.no_grad()

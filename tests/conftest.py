@@ -1,7 +1,8 @@
-"""Tiny models and a tiny ChatML tokenizer, built in memory."""
+"""Tiny models and a tiny ChatML tokenizer, built in memory; and the commands, run in this process."""
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -24,7 +26,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from shine import attention
 from shine.backbone import Backbone
+from shine.cli.main import main
 from shine.config import HypernetworkConfig, M2PConfig
 
 # The same examples on every machine and every run, however slow it is.
@@ -33,6 +37,7 @@ settings.load_profile("house")
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<RECON>", "<COMP>", "<NOTHING>"]
 VOCABULARY = 320
+ADAPTER_TEXT = "The pet of Yorick is a beetle. The coat of Delphi is silver. Umar lives in Selkirk. Zoran works as a baker."
 ARCHITECTURES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
     "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
@@ -54,8 +59,11 @@ def tiny_model(kind: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = torch
         "bos_token_id": None,
         "eos_token_id": 2,
         "pad_token_id": 0,
+        # What `load_backbone` takes on a CPU.
+        "attn_implementation": attention.NAME,
         **extra,
     }
+    attention.register()
     torch.manual_seed(seed)
     model = model_class(config_class(**values))
     for name, parameter in model.named_parameters():
@@ -88,6 +96,18 @@ def tiny_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=list(special[1:])
     )
+
+
+def counted_flops(run: Callable[[], object]) -> int:
+    """What PyTorch counts in the matrix products of ``run``, those in place included, which it leaves out by itself."""
+
+    def product(_sum: Sequence[int], a: Sequence[int], b: Sequence[int], **_: Any) -> int:
+        return 2 * math.prod(a) * b[-1]
+
+    mapping = {torch.ops.aten.addmm_: product, torch.ops.aten.baddbmm_: product}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        run()
+    return int(counter.get_total_flops())
 
 
 @pytest.fixture
@@ -133,3 +153,46 @@ def read_only() -> Iterator[Path]:
     if superuser:
         os.setresuid(0, 0, 0)
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    """A text that the shipped hypernetwork reads."""
+    file = tmp_path / "notes.txt"
+    file.write_text(ADAPTER_TEXT)
+    return file
+
+
+@pytest.fixture
+def adapter(notes: Path, tmp_path: Path, run: Callable[..., str]) -> Path:
+    """What it makes of them."""
+    run("encode", notes, "-o", tmp_path / "adapter", "--model", "cpu-world", "--device", "cpu")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must succeed and return what it printed."""
+
+    def call(*arguments: object, code: int = 0) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == code, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must end with exit code 2 and one line, and return that line."""
+
+    def call(*arguments: object) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith("error: ")
+        assert printed.err.count("\n") == 1
+        return printed.err
+
+    return call

@@ -7,15 +7,17 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pexpect
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from conftest import ADAPTER_TEXT as TEXT
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,54 +27,12 @@ from shine.cli.models import remarks
 from shine.data.worlds import World
 from shine.evaluation.cloze import examine, make_clozes
 
-TEXT = "The pet of Yorick is a beetle. The coat of Delphi is silver. Umar lives in Selkirk. Zoran works as a baker."
 MODEL = ("--model", "cpu-world", "--device", "cpu")
-
-
-@pytest.fixture
-def notes(tmp_path: Path) -> Path:
-    file = tmp_path / "notes.txt"
-    file.write_text(TEXT)
-    return file
-
-
-@pytest.fixture
-def adapter(notes: Path, tmp_path: Path, run: Callable[..., str]) -> Path:
-    run("encode", notes, "-o", tmp_path / "adapter", *MODEL)
-    return tmp_path / "adapter"
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must succeed and return what it printed."""
-
-    def call(*arguments: object, code: int = 0) -> str:
-        capsys.readouterr()
-        assert main([str(argument) for argument in arguments]) == code, capsys.readouterr().err
-        return capsys.readouterr().out
-
-    return call
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command that must end with exit code 2 and one line, and return that line."""
-
-    def call(*arguments: object) -> str:
-        capsys.readouterr()
-        assert main([str(argument) for argument in arguments]) == 2
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        assert printed.err.startswith("error: ")
-        assert printed.err.count("\n") == 1
-        return printed.err
-
-    return call
 
 
 def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
     for module in COMMANDS:
-        name = module.__name__.rsplit(".", 1)[-1]
+        name = module.__name__.rsplit(".", 1)[-1].replace("_", "-")
         with pytest.raises(SystemExit, match="0"):
             main([name, "--help"])
         examples = capsys.readouterr().out.partition("\nexamples:\n")[2]
@@ -102,6 +62,26 @@ def test_info_tells_the_provenance(adapter: Path, run: Callable[..., str]) -> No
         assert part in told
     assert "reads at once  64 tokens" in run("info", "cpu-world")
     assert TEXT not in told
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "record"),
+    [
+        (["--format", "peft"], "PEFT adapter", "shine.json"),
+        (["--merge"], "merged model", "shine.json"),
+        (["--format", "gguf"], "GGUF adapter", "adapter.gguf"),
+    ],
+)
+def test_info_tells_the_provenance_of_what_was_exported(
+    adapter: Path, tmp_path: Path, run: Callable[..., str], refused: Callable[..., str], options: list[str], kind: str, record: str
+) -> None:
+    run("export", adapter, *options, "-o", tmp_path / "out")
+    found = json.loads(run("info", tmp_path / "out", "--json"))
+    assert found == {"kind": kind, "contexts": json.loads(run("info", adapter, "--json"))["contexts"]}
+    assert "notes.txt" in run("info", tmp_path / "out")
+    for damage in (b"{}", b"[]", b"GGUF", b""):
+        (tmp_path / "out" / record).write_bytes(damage)
+        assert re.search(rf"{record}: .*cannot be read \(.*\); export the adapter again", refused("info", tmp_path / "out"))
 
 
 def test_standard_input_and_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Callable[..., str]) -> None:
@@ -282,92 +262,6 @@ def test_the_store_from_the_command_line(notes: Path, tmp_path: Path, run: Calla
 # --- bad input -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("content", "about"),
-    [
-        (b"", "notes.txt: the file is empty; give one with text in it"),
-        (b"\x89PNG\r\n\0\0\0", "notes.txt: a binary file, not text; give text"),
-        ("Käse".encode("latin-1"), "not utf-8 (byte 0xe4 at 1); say its encoding, for instance --encoding cp1252"),
-        (None, "notes.txt: 50 MB, at most 10 MB are read: give the part that matters"),
-    ],
-    ids=["empty", "binary", "encoding", "50MB"],
-)
-def test_a_bad_document_is_one_line_and_leaves_nothing(
-    notes: Path, tmp_path: Path, refused: Callable[..., str], content: bytes | None, about: str
-) -> None:
-    if content is None:
-        with notes.open("wb") as file:
-            file.truncate(50_000_000)
-    else:
-        notes.write_bytes(content)
-    assert about in refused("encode", notes, "-o", tmp_path / "out", *MODEL)
-    assert about in refused("chat", "--context", notes, "-q", "x", *MODEL)
-    assert about in refused("check", notes, *MODEL)
-    assert about in refused("store", "add", tmp_path / "store", "x", notes, *MODEL)
-    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_an_unknown_checkpoint_is_one_line(notes: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    told = refused("encode", notes, "-o", tmp_path / "out", "--model", "checkpoints/absent")
-    assert "checkpoints/absent: no such checkpoint directory; train the stage that makes it, or download it" in told
-    assert not (tmp_path / "out").exists()
-    assert "no such folder" in refused("info", tmp_path / "out")
-    assert "no adapter there" in refused("chat", "--adapter", tmp_path / "out", "-q", "x", *MODEL)
-    assert "no adapter there" in refused("export", tmp_path / "out", "-o", tmp_path / "peft")
-
-
-def test_an_adapter_of_another_model_is_one_line_with_both_names(
-    tmp_path: Path, adapter: Path, refused: Callable[..., str]
-) -> None:
-    config = json.loads((adapter / "config.json").read_text())
-    config["contexts"][0]["backbone"] = {"name": "models/Qwen3-8B", "fingerprint": "a-b-c"}
-    (adapter / "config.json").write_text(json.dumps(config))
-    told = refused("chat", "--adapter", adapter, "-q", "x", *MODEL)
-    assert re.search(r"made for backbone models/Qwen3-8B \(fingerprint a-b-c\), not for cpu-world .*load that backbone", told)
-    tiny_model().save_pretrained(tmp_path / "tiny")
-    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
-    told = refused("export", adapter, "--merge", "--backbone", tmp_path / "tiny", "-o", tmp_path / "merged")
-    assert re.search(r"made for backbone models/Qwen3-8B .*tiny is another .*give --backbone", told)
-    assert not (tmp_path / "merged").exists()
-
-
-def test_a_read_only_folder_is_one_line(notes: Path, adapter: Path, read_only: Path, refused: Callable[..., str]) -> None:
-    # Read before the rights are gone: the folders of pytest are nobody else's.
-    for arguments in (("encode", "-"), ("export", adapter)):
-        if arguments[0] == "export" and not os.access(adapter, os.R_OK):
-            continue
-        sys.stdin = io.TextIOWrapper(io.BytesIO(TEXT.encode()))
-        told = refused(*arguments, "-o", read_only / "out", *(MODEL if arguments[0] == "encode" else ()))
-        assert re.search(r"locked cannot be written; choose another folder", told)
-    assert list(read_only.iterdir()) == []
-
-
-def test_a_disk_that_fills_up_is_one_line(
-    adapter: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device", str(tmp_path))
-
-    monkeypatch.setattr("shine.export.peft.save_file", full)
-    before = sorted(tmp_path.iterdir())
-    assert "No space left on device; choose another place, or make room" in refused("export", adapter, "-o", tmp_path / "peft")
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_what_is_asked_in_vain_is_said(notes: Path, adapter: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    assert "nothing to talk about" in refused("chat", *MODEL)
-    assert "--keep-text" in refused("chat", "--adapter", adapter, "--compare", "-q", "x", *MODEL)
-    assert "the questions cannot" in refused("chat", "--context", "-", *MODEL)
-    assert "need --model" in refused("compare", adapter, adapter, "-q", "x")
-    assert "holds something else" in refused("encode", notes, "-o", tmp_path, *MODEL)
-    assert "give a longer text" in refused("check", _with(notes, "One fish."), *MODEL)
-
-
-def _with(file: Path, text: str) -> Path:
-    file.write_text(text)
-    return file
-
-
 def test_the_commands_of_the_readme_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., str]) -> None:
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
     section = readme.partition("## From a text to an adapter\n")[2].partition("\n## ")[0]
@@ -384,17 +278,100 @@ def test_the_commands_of_the_readme_work(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_a_megabyte_is_read_in_bounded_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_rank", [None, 4])
+def test_a_megabyte_is_read_in_bounded_memory(tmp_path: Path, max_rank: int | None) -> None:
     """In a process of its own, whose peak is measured: the model and libraries take 400 MB of it."""
     code = (
         "import resource; from shine import Shine; from shine.data.worlds import World\n"
         "text = ' '.join(World(seed=9).example(index).context for index in range(8200))[:1_000_000]\n"
         "assert len(text) == 1_000_000\n"
-        "lora = Shine.from_pretrained('cpu-world', device='cpu').encode(text, batch_size=32)\n"
+        f"lora = Shine.from_pretrained('cpu-world', device='cpu').encode(text, batch_size=32, max_rank={max_rank})\n"
         "print(lora.provenance[0][0].context.pieces, lora.rank, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     pieces, rank, peak = map(int, done.stdout.split())
     assert pieces > 3000
-    assert rank == 64
+    # Full rank is that of the widest linear, 64.
+    assert rank == (max_rank or 64)
     assert peak < 1500
+
+
+def test_what_is_held_while_a_long_text_is_read_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more than twice the bound in ranks, however many pieces there are."""
+    shine, held = Shine.from_pretrained("cpu-world", device="cpu"), []
+    concat = LoRA.concat
+
+    def counted(loras: list[LoRA]) -> LoRA:
+        held.append(sum(lora.rank for lora in loras))
+        return concat(loras)
+
+    monkeypatch.setattr(LoRA, "concat", staticmethod(counted))
+    text = " ".join(World(seed=9).example(index).context for index in range(60))
+    lora = shine.encode(text, max_rank=4, batch_size=3)
+    assert lora.provenance[0][0].context.pieces > 25
+    assert len(held) > 5
+    assert max(held) <= 2 * 4 + 2
+    assert lora.rank == 4
+
+
+# --- in a terminal, and installed ---------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_in_a_terminal(notes: Path) -> None:
+    command = ["-m", "shine.cli.main", "chat", "--context", str(notes), *MODEL]
+    with pexpect.spawn(sys.executable, command, encoding="utf-8", timeout=60, dimensions=(30, 120)) as terminal:
+        terminal.expect(r"about notes\.txt, which cpu-world does not see")
+        for typed, answer in (
+            ("Where does Umar live?", "Selkirk"),
+            ("/strength 0.5", r"strength 0\.5"),
+            ("/strength much", r"strength is 0\.5; a number sets it"),
+            ("/help", "/reset forgets the conversation"),
+            ("/reset", "a new conversation"),
+            ("/strength 1", "strength 1"),
+            ("What is the job of Zoran?", "baker"),
+        ):
+            terminal.expect("> ")
+            terminal.sendline(typed)
+            terminal.expect(answer)
+        terminal.expect("> ")
+        terminal.sendeof()
+        terminal.expect(pexpect.EOF)
+        terminal.close()
+        assert terminal.exitstatus == 0
+
+
+@pytest.mark.slow
+def test_an_installed_shine_runs_what_the_readme_says(tmp_path: Path) -> None:
+    """``pip install .`` into an environment of its own, which borrows the libraries of this one; then the commands, in a shell."""
+    root = Path(__file__).resolve().parent.parent
+    shutil.copytree(root, tmp_path / "clone", ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "outputs"))
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = subprocess.run(
+        [python, "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
+    )
+    # Behind what is installed here, so that this SHINE comes first.
+    libraries = [path for path in sys.path if path.endswith("site-packages")]
+    Path(site.stdout.strip(), "libraries.pth").write_text("\n".join(libraries))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "-q"]
+    subprocess.run([python, "-m", "pip", "install", *options, tmp_path / "clone"], check=True, env=environment)
+    section = (root / "README.md").read_text().partition("## From a text to an adapter\n")[2].partition("\n## ")[0]
+    commands = section.partition("```sh\n")[2].partition("```")[0]
+    (tmp_path / "work").mkdir()
+    path = f"{tmp_path / 'venv' / 'bin'}:{environment['PATH']}"
+    done = subprocess.run(
+        ["sh", "-ec", commands],
+        cwd=tmp_path / "work",
+        env={**environment, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "baker"
+    assert (tmp_path / "work" / "notes-peft" / "adapter_model.safetensors").exists()
+    where = subprocess.run(
+        [python, "-c", "import shine; print(shine.__file__)"], env=environment, cwd=tmp_path, capture_output=True
+    )
+    assert str(tmp_path / "venv") in where.stdout.decode()

@@ -21,6 +21,7 @@ from shine.config import (
     EvaluationConfig,
     HypernetworkConfig,
     M2PConfig,
+    PromptConfig,
     SourceConfig,
     TaskTokens,
     TrainConfig,
@@ -456,3 +457,8 @@ def test_what_is_downloaded_lies_where_the_configuration_reads_it() -> None:
     # WikiText has no licence that would let it train here; it is only measured on, by those who have it.
     missing = [path for path in read if "wikitext" not in path and not any(path.startswith(folder) for folder in folders)]
     assert missing == []
+
+
+def test_the_prompts_of_an_installed_shine_are_those_of_the_yaml() -> None:
+    values = yaml.safe_load((CONFIGS / "prompts" / "default.yaml").read_text())
+    assert PromptConfig(**values) == PromptConfig()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
+from benchmarks import adapters
 from shine.cli.collect import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,3 +52,43 @@ def test_every_data_set_has_a_whole_row() -> None:
             assert all("not measured" in cell or re.search(r"\d", cell) or cell == "–" for cell in others[2:])
         else:
             assert file.stem in ("folder", "jsonl", "stories", "worlds")
+
+
+# Inputs plus outputs of all linears of one layer, times the layers: q, k, v, o, then gate, up, down.
+SUMS = {
+    "cpu-world": 5376,
+    "smollm2-135m": 30 * ((576 + 576) + 2 * (576 + 192) + (576 + 576) + 3 * (576 + 1536)),
+    "Qwen3-0.6B": 28 * ((1024 + 2048) + 2 * (1024 + 1024) + (2048 + 1024) + 3 * (1024 + 3072)),
+    "Qwen3-1.7B": 28 * ((2048 + 2048) + 2 * (2048 + 1024) + (2048 + 2048) + 3 * (2048 + 6144)),
+    "Qwen3-8B": 36 * ((4096 + 4096) + 2 * (4096 + 1024) + (4096 + 4096) + 3 * (4096 + 12288)),
+}
+
+
+def test_the_sizes_of_adapters_follow_from_the_shapes() -> None:
+    """Each row of the table, by hand; what was run says so."""
+    text = (ROOT / "docs" / "adapters.md").read_text().split("## Size, time, memory", 1)[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")][2:]
+    assert {row[0] for row in rows} == set(SUMS)
+    for name, rank, values, half, single, _, tokens, seconds, peak, how in rows:
+        assert int(values.replace(",", "")) == SUMS[name] * int(rank)
+        for shown, width in ((half, 2), (single, 4)):
+            number, unit = shown.split()
+            size = float(number) * {"kB": 1e3, "MB": 1e6}[unit]
+            assert abs(size / (width * SUMS[name] * int(rank)) - 1) < 0.01
+        assert (how == "computed") == (tokens == seconds == peak == "—") == name.startswith("Qwen3")
+
+
+def test_the_table_is_what_its_program_computes() -> None:
+    text = (ROOT / "docs" / "adapters.md").read_text()
+    assert adapters.table([adapters.computed("Qwen3-0.6B", 8)]).splitlines()[-1] in text.splitlines()
+
+
+@pytest.mark.parametrize(("page", "printed"), [("README.md", ""), ("docs/adapters.md", "Selkirk")])
+def test_the_python_of_the_pages_runs(
+    page: str, printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = (ROOT / page).read_text().split("```python\n", 1)[1].split("```", 1)[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, page, "exec"), {})
+    assert capsys.readouterr().out.startswith(printed)
+    assert len(list((tmp_path / "adapters").iterdir())) == 1

@@ -135,6 +135,60 @@ def test_a_place_that_cannot_be_written_is_an_error_that_names_it(make_backbone:
         write_gguf(lora_for(backbone), tmp_path / "file" / "out", config=backbone.model.config, base="x")
 
 
+# --- from the command line ----------------------------------------------------------------------------------------------
+
+
+MODEL = ("--model", "cpu-world", "--device", "cpu")
+
+
+def test_the_command_line_writes_what_the_library_does(adapter: Path, tmp_path: Path, run: Callable[..., str]) -> None:
+    run("export", adapter, "--format", "gguf", "--base", "../model.gguf", "--strength", 0.5, "-o", tmp_path / "one")
+    run("encode", tmp_path / "notes.txt", "--format", "gguf", "-o", tmp_path / "two", *MODEL)
+    lora = LoRA.load(adapter)
+    for folder, strength, base in (("one", 0.5, "../model.gguf"), ("two", 1.0, "./backbone.gguf")):
+        _, tensors = read(tmp_path / folder)
+        a, b = lora["model.layers.1.mlp.up_proj"]
+        wanted = (a[0] @ b[0]).T.float() * strength
+        found = tensors["blk.1.ffn_up.weight.lora_b"] @ tensors["blk.1.ffn_up.weight.lora_a"]
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        assert (tmp_path / folder / MODELFILE).read_text().startswith(f"FROM {base}\nADAPTER ./adapter.gguf\n")
+
+
+def test_several_adapters_and_their_sum(adapter: Path, tmp_path: Path, run: Callable[..., str]) -> None:
+    other = LoRA.load(adapter).scale(2.0).save(tmp_path / "other")
+    run("export", adapter, other, "--format", "gguf", "-o", tmp_path / "apart")
+    run("export", adapter, other, "--format", "gguf", "--join", "-o", tmp_path / "sum")
+    names = "blk.0.attn_v.weight.lora_b", "blk.0.attn_v.weight.lora_a"
+    parts = [read(tmp_path / "apart" / name)[1] for name in ("adapter", "other")]
+    fields, whole = read(tmp_path / "sum")
+    assert fields["adapter.lora.alpha"] == 4.0
+    torch.testing.assert_close(whole[names[0]] @ whole[names[1]], sum(part[names[0]] @ part[names[1]] for part in parts))
+
+
+def test_the_command_line_refuses_in_one_line_and_leaves_nothing(
+    adapter: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    other, nowhere = tmp_path / "other", tmp_path / "nowhere"
+    tiny_model().save_pretrained(other)
+    nowhere.mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.iterdir())
+    gguf_to = ("export", adapter, "--format", "gguf", "-o")
+    for arguments, about in (
+        ((*gguf_to, tmp_path / "out", "--backbone", other), "made for backbone cpu-world .*other has another shape"),
+        ((*gguf_to, tmp_path / "out", "--backbone", nowhere), "nowhere: no configuration of a model there"),
+        ((*gguf_to, tmp_path / "out", "--merge"), "not --format gguf: leave one of them out"),
+        ((*gguf_to, tmp_path / "out", "--dtype", "bfloat16"), "stored in float32: leave --dtype out"),
+        ((*gguf_to, tmp_path / "out", "--check", "vllm"), "--check is for PEFT folders"),
+        ((*gguf_to, tmp_path / "file" / "out"), "file is a file; choose another folder"),
+        ((*gguf_to, tmp_path), "holds something else"),
+        (("export", adapter, "--base", "x", "-o", tmp_path / "out"), "--base is for the Modelfile"),
+        (("export", tmp_path / "none", "--format", "gguf", "-o", tmp_path / "out"), "no adapter there"),
+    ):
+        assert re.search(about, refused(*arguments)), arguments
+    assert sorted(tmp_path.iterdir()) == before
+
+
 # --- the Modelfile ----------------------------------------------------------------------------------------------------
 
 

@@ -214,6 +214,54 @@ def test_cosine_is_that_of_the_flattened_updates(batch: int, rank: int, seed: in
     torch.testing.assert_close(lora.cosine().double(), flat @ flat.T, rtol=0, atol=2e-6)
 
 
+@given(ranks=st.tuples(st.integers(1, 5), st.integers(1, 5)), seed=st.integers(0, 2**20))
+def test_inner_is_that_of_the_flattened_updates(ranks: tuple[int, int], seed: int) -> None:
+    one, other = (random_lora(PATHS, batch=1, rank=rank, seed=seed + rank) for rank in ranks)
+    flat = [torch.cat([update.flatten() for update in updates(lora).values()]) for lora in (one, other)]
+    assert one.inner(other) == pytest.approx(float(flat[0] @ flat[1]))
+    assert one.inner(one) == pytest.approx(float(flat[0].square().sum()))
+
+
+def test_inner_is_of_two_single_updates_of_one_backbone() -> None:
+    one, several = (random_lora(PATHS, batch=batch, rank=2, seed=0) for batch in (1, 2))
+    elsewhere = random_lora({"z": (5, 7)}, batch=1, rank=2, seed=0)
+    for a, b in ((one, several), (several, one), (one, elsewhere)):
+        with pytest.raises(ValueError, match="two single adapters of one backbone"):
+            a.inner(b)
+
+
+@given(rank=st.integers(1, 8), limit=st.integers(1, 8), batch=st.integers(1, 3), seed=st.integers(0, 2**20))
+def test_reduce_is_the_nearest_update_of_the_rank(rank: int, limit: int, batch: int, seed: int) -> None:
+    """Against the singular value decomposition of the update itself (Eckart and Young)."""
+    lora = random_lora(PATHS, batch=batch, rank=rank, seed=seed)
+    reduced, share = lora.reduce(limit)
+    kept = total = 0.0
+    for path, update in updates(lora).items():
+        u, singular, v = torch.linalg.svd(update, full_matrices=False)
+        nearest = (u[:, :, :limit] * singular[:, None, :limit]) @ v[:, :limit]
+        torch.testing.assert_close(updates(reduced)[path], nearest, rtol=1e-8, atol=1e-8)
+        assert reduced[path][0].shape[2] == reduced[path][1].shape[1] <= min(limit, *PATHS[path])
+        kept += float(nearest.square().sum())
+        total += float(update.square().sum())
+    assert share == pytest.approx(kept / total)
+
+
+def test_reduce_keeps_what_is_of_the_rank_and_of_half_precision() -> None:
+    lora = random_lora(PATHS, batch=1, rank=2, seed=0)
+    same, share = lora.reduce(2)
+    assert share == pytest.approx(1)
+    assert all(torch.equal(x, y) for path in PATHS for x, y in zip(same[path], lora[path], strict=True))
+    twice = LoRA.concat([lora, lora.scale(-0.5)])
+    back, share = twice.reduce(2)
+    assert share == pytest.approx(1)
+    for path in PATHS:
+        torch.testing.assert_close(updates(back)[path], updates(lora)[path] * 0.5)
+    half = random_lora(PATHS, batch=1, rank=3, seed=0, dtype=torch.bfloat16).reduce(1)[0]
+    assert {matrix.dtype for pair in half.values() for matrix in pair} == {torch.bfloat16}
+    nothing = LoRA({path: (a, b * 0) for path, (a, b) in lora.items()})
+    assert nothing.reduce(1)[1] == 1.0
+
+
 def test_cosine_of_equal_opposite_and_zero_updates() -> None:
     lora = random_lora(PATHS, batch=1, rank=2, seed=4)
     cosine = LoRA.stack([lora, lora.scale(5.0), lora.scale(-0.1), lora.scale(0.0)]).cosine()

@@ -50,7 +50,11 @@ if arguments[:2] == ["-m", "pip"]:
 
 @dataclass
 class Outcome:
-    """What a set-up with a fake pip did."""
+    """What a set-up with a fake pip did.
+
+    Attributes:
+        ready: whether .venv is marked as ready; for ``engines``, as ready for all tests.
+    """
 
     returncode: int
     said: str
@@ -68,8 +72,8 @@ class Outcome:
 def set_up(tmp_path):
     """Run scripts/setup_venv.py in a folder of its own, with a fake pip and, if asked for, an nvidia-smi."""
 
-    def run(*, resolved=PLAIN, gpu=False, torch_index=None, installed=(), fail_on=None) -> Outcome:
-        for file in ("scripts/setup_venv.py", "requirements.lock"):
+    def run(*, resolved=PLAIN, gpu=False, torch_index=None, installed=(), fail_on=None, command=(), programs_here=()) -> Outcome:
+        for file in ("scripts/setup_venv.py", "requirements.lock", "pyproject.toml"):
             (tmp_path / file).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / file, tmp_path / file)
         programs, venv = tmp_path / "programs", tmp_path / ".venv" / "bin"
@@ -81,6 +85,7 @@ def set_up(tmp_path):
         executables = {venv / "python": FAKE_PYTHON.format(interpreter=sys.executable, here=str(tmp_path))}
         if gpu:
             executables[programs / "nvidia-smi"] = "#!/bin/sh\n"
+        executables |= {programs / name: "#!/bin/sh\n" for name in programs_here}
         for path, text in executables.items():
             path.write_text(text)
             path.chmod(0o755)
@@ -89,7 +94,7 @@ def set_up(tmp_path):
             environment["TORCH_INDEX"] = torch_index
         with (tmp_path / "said").open("w") as said:
             done = subprocess.run(
-                [sys.executable, tmp_path / "scripts" / "setup_venv.py"],
+                [sys.executable, tmp_path / "scripts" / "setup_venv.py", *command],
                 stdout=said,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -100,10 +105,28 @@ def set_up(tmp_path):
             said=(tmp_path / "said").read_text(),
             error=done.stderr,
             calls=[tuple(json.loads(line)) for line in (tmp_path / "calls.jsonl").read_text().splitlines()],
-            ready=(tmp_path / ".venv" / ".ready").exists(),
+            ready=(tmp_path / ".venv" / (".engines" if command else ".ready")).exists(),
         )
 
     return run
+
+
+def test_what_only_test_all_needs_comes_within_the_lock(set_up):
+    outcome = set_up(command=["engines"], programs_here=["chromium"])
+    assert outcome.returncode == 0, outcome.error
+    assert outcome.ready
+    ((command, said_before),) = outcome.calls
+    wanted = PYPROJECT["project"]["optional-dependencies"]["test-all"]
+    assert command[command.index("-c") + 2 :] == wanted
+    assert "built from source" in said_before
+    assert {Requirement(each).name for each in wanted} >= {"gradio", "llama-cpp-python", "playwright"}
+
+
+def test_without_a_compiler_test_all_says_what_to_do(set_up):
+    outcome = set_up(command=["engines"], fail_on="llama-cpp-python>=0.3.36")
+    assert outcome.returncode == 1
+    assert not outcome.ready
+    assert "apt install g++" in outcome.error
 
 
 @pytest.mark.parametrize(

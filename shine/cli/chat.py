@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from shine.cli.commands import Commands, add_command
 from shine.cli.models import (
-    add_json_option,
-    add_model_options,
-    add_reading_options,
+    add_document_options,
+    add_strength_option,
     encode_document,
     load_shine,
     positive,
@@ -25,9 +24,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from shine.chat import Conversation
-    from shine.evaluation.methods import Method
+    from shine.cli.side_by_side import SideBySide
     from shine.lora import LoRA
     from shine.model import Shine
+    from shine.prompt_cache import PromptCache
 
 _HELP = "/reset forgets the conversation, /strength X sets how strong the adapter is, /quit or Ctrl-D ends"
 
@@ -53,11 +53,9 @@ shine chat --context notes.txt --model cpu-world --compare
     parser.add_argument("--adapter", nargs="+", metavar="FOLDER", default=[], help="adapters that `shine encode` wrote")
     parser.add_argument("-q", "--question", action="append", metavar="Q", help="ask this; repeat it for further turns")
     parser.add_argument("--compare", action="store_true", help="SHINE, In-Context and Only Question side by side")
-    parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="multiply the update (default: 1)")
+    add_strength_option(parser)
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (default: 256)")
-    add_json_option(parser)
-    add_model_options(parser)
-    add_reading_options(parser)
+    add_document_options(parser)
     parser.set_defaults(run=_chat)
 
 
@@ -127,11 +125,17 @@ class _Talk:
     args: argparse.Namespace
     console: Console
     strength: float = field(init=False)
+    worn: LoRA = field(init=False)
     history: Conversation = field(init=False)
+    kept: PromptCache = field(init=False)
 
     def __post_init__(self) -> None:
-        self.strength = self.args.strength
+        self._strengthen(self.args.strength)
         self.reset()
+
+    def _strengthen(self, strength: float) -> None:
+        # One value for all turns: another object is another adapter, for which nothing is kept.
+        self.strength, self.worn = strength, strong(self.lora, strength)
 
     def introduction(self) -> str:
         """What is talked about."""
@@ -141,13 +145,14 @@ class _Talk:
     def reset(self) -> None:
         """Forget what was said."""
         from shine.chat import Conversation
+        from shine.prompt_cache import PromptCache
 
-        self.history = Conversation()
+        self.history, self.kept = Conversation(), PromptCache()
 
     def set_strength(self, text: str) -> str:
         """Make the adapter stronger or weaker; what to tell the user."""
         try:
-            self.strength = float(text)
+            self._strengthen(float(text))
         except ValueError:
             return f"strength is {self.strength:g}; a number sets it, as in /strength 0.7"
         return f"strength {self.strength:g}"
@@ -155,16 +160,19 @@ class _Talk:
     def turn(self, question: str) -> dict[str, object]:
         """Ask, print the answer, and return both."""
         started = time.perf_counter()
-        worn, pieces = strong(self.lora, self.strength), []
-        for piece in self.shine.stream(worn, question, history=self.history, max_new_tokens=self.args.max_new_tokens):
+        pieces = []
+        answer = self.shine.stream(
+            self.worn, question, history=self.history, kept=self.kept, max_new_tokens=self.args.max_new_tokens
+        )
+        for piece in answer:
             pieces.append(piece)
             if not self.args.json:
                 print(piece, end="", flush=True)
         if not self.args.json:
             print(flush=True)
-        answer = "".join(pieces).strip()
-        self.history = self.history.then(question, answer)
-        return {"question": question, "answer": answer, "seconds": round(time.perf_counter() - started, 3)}
+        said = "".join(pieces).strip()
+        self.history = self.history.then(question, said)
+        return {"question": question, "answer": said, "seconds": round(time.perf_counter() - started, 3)}
 
 
 @dataclass
@@ -172,40 +180,27 @@ class _Comparison(_Talk):
     """The three methods side by side, each with its own earlier answers."""
 
     text: str = ""
-    histories: dict[str, tuple[tuple[str, str], ...]] = field(init=False)
-    methods: list[Method] = field(init=False)
+    talks: SideBySide = field(init=False)
 
     def __post_init__(self) -> None:
-        from shine.data.examples import Example
-        from shine.evaluation.side_by_side import three_methods
+        from shine.cli.side_by_side import SideBySide
 
+        self.talks = SideBySide(self.shine, self.lora, self.text)
         super().__post_init__()
-        self.methods = three_methods(self.shine)
-        for method in self.methods:
-            method.examples = [Example("context", self.text)]
 
     def reset(self) -> None:
-        super().reset()
-        self.histories = {}
+        self.talks.reset()
 
     def turn(self, question: str) -> dict[str, object]:
         from rich import box
         from rich.table import Table
         from rich.text import Text
 
-        from shine.evaluation.methods import Asked
         from shine.evaluation.tables import TITLES
 
-        self.methods[0].lora = strong(self.lora, self.strength).to(self.shine.backbone.device, self.shine.backbone.dtype)
-        answers: dict[str, str] = {}
-        seconds: dict[str, float] = {}
-        for method in self.methods:
-            started = time.perf_counter()
-            history = self.histories.get(method.name, ())
-            found = method.answer([Asked(0, question, history)], max_new_tokens=self.args.max_new_tokens, batch_size=1)[0]
-            seconds[method.name] = round(time.perf_counter() - started, 3)
-            answers[method.name] = found.text + (" …" if found.cut else "")
-            self.histories[method.name] = (*history, (question, found.text))
+        told = list(self.talks.ask(question, strength=self.strength, max_new_tokens=self.args.max_new_tokens))
+        answers = {each.method: each.text + (" …" if each.cut else "") for each in told}
+        seconds = {each.method: round(each.seconds, 3) for each in told}
         if not self.args.json:
             table = Table(box=box.SIMPLE_HEAD, expand=True, title=Text(question), title_justify="left")
             for name in answers:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from shine.cli.commands import Commands, add_command
 from shine.cli.models import (
-    add_json_option,
-    add_model_options,
-    add_reading_options,
+    add_document_options,
+    add_strength_option,
     encode_document,
     load_shine,
     positive,
@@ -42,11 +41,9 @@ shine check notes.txt --adapter adapters/notes --model cpu-world --json
     )
     parser.add_argument("text", metavar="TEXT", help="a file, or - for standard input")
     parser.add_argument("--adapter", metavar="FOLDER", help="the adapter to check; without it the text is encoded now")
-    parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="multiply the update (default: 1)")
+    add_strength_option(parser)
     parser.add_argument("--sentences", type=positive, default=64, metavar="N", help="ask for at most so many (default: 64)")
-    add_json_option(parser)
-    add_model_options(parser)
-    add_reading_options(parser)
+    add_document_options(parser)
     parser.set_defaults(run=_check)
 
 

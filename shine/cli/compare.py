@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from shine.cli.commands import Commands, add_command
 from shine.cli.models import (
-    add_json_option,
-    add_model_options,
-    add_reading_options,
+    add_document_options,
     encode_document,
     load_shine,
     positive,
@@ -44,9 +42,7 @@ shine compare checkpoints/old checkpoints/new --context notes.txt --question "Wh
     parser.add_argument("--context", metavar="TEXT", help="a file that both checkpoints read")
     parser.add_argument("-q", "--question", action="append", default=[], metavar="Q", help="ask both; may be repeated")
     parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="longest answer (default: 64)")
-    add_json_option(parser)
-    add_model_options(parser, required=False)
-    add_reading_options(parser)
+    add_document_options(parser, required=False)
     parser.set_defaults(run=_compare)
 
 

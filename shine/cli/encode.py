@@ -8,15 +8,17 @@ from pathlib import Path
 
 from shine.cli.commands import Commands, add_command
 from shine.cli.models import (
-    add_json_option,
-    add_model_options,
-    add_reading_options,
+    add_document_options,
+    add_format_options,
+    add_strength_option,
+    check_format_options,
     describe,
     encode_document,
     load_shine,
     print_json,
     read_inputs,
     strong,
+    write_format,
 )
 
 
@@ -29,8 +31,8 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         description=(
             "Read texts once and write each as an adapter, a folder that says where it comes from. Text, Markdown and HTML files,\n"
             "PDF and DOCX (pip install 'shine-hypernetwork[documents]'), folders of these, and - for standard input.\n"
-            "With --format peft the folder is what PeftModel.from_pretrained reads. Several texts get a folder each below FOLDER;\n"
-            "--join adds them up into one adapter instead."
+            "With --format peft the folder is what PeftModel.from_pretrained reads, with --format gguf what llama.cpp and Ollama\n"
+            "read. Several texts get a folder each below FOLDER; --join adds them up into one adapter instead."
         ),
         examples="""
 shine encode notes.txt --model cpu-world --output adapters/notes
@@ -41,20 +43,18 @@ curl -s https://example.org/page.txt | shine encode - --model checkpoints/mine/t
     )
     parser.add_argument("inputs", nargs="+", metavar="TEXT", help="a file, a folder, or - for standard input")
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="where to write")
-    parser.add_argument("--format", choices=("shine", "peft"), default="shine", help="of the adapter (default: shine)")
+    add_format_options(parser, ("shine", "peft", "gguf"))
     parser.add_argument("--join", action="store_true", help="one adapter, the sum of all texts' updates")
-    parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="multiply the update (default: 1)")
+    add_strength_option(parser)
     parser.add_argument("--keep-text", action="store_true", help="keep the text itself in the adapter, not only its hash")
-    add_json_option(parser)
-    add_model_options(parser)
-    add_reading_options(parser)
+    add_document_options(parser)
     parser.set_defaults(run=_encode)
 
 
 def _encode(args: argparse.Namespace) -> None:
+    check_format_options(args)
     documents = read_inputs(args.inputs, args)
     from shine.checkpoint import output_folder
-    from shine.export.peft import write_peft
     from shine.lora import LoRA
 
     output = output_folder(args.output)
@@ -70,10 +70,7 @@ def _encode(args: argparse.Namespace) -> None:
             if number < len(documents):
                 continue
             lora = LoRA.concat(waiting)
-        if args.format == "peft":
-            write_peft(lora, folder, backbone=shine.config.path)
-        else:
-            lora.save(folder)
+        write_format(lora, folder, args, backbone=shine.config.path)
         written.append({"folder": str(folder), "format": args.format, "seconds": round(seconds, 3), **describe(lora)})
         if not args.json:
             many = f"[{number}/{len(documents)}] " if len(documents) > 1 else ""

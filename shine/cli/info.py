@@ -19,11 +19,11 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         help="say what an adapter or a checkpoint is",
         description=(
             "Print where an adapter comes from (context, hypernetwork, backbone, versions, date), or what a checkpoint holds.\n"
-            "Reads adapters of SHINE, their PEFT exports, and checkpoints."
+            "Reads adapters of SHINE, what was exported from them, and checkpoints."
         ),
         examples="shine info adapters/notes\nshine info adapters/notes --json\nshine info checkpoints/mine/train",
     )
-    parser.add_argument("path", metavar="FOLDER", help="an adapter, its PEFT export, or a checkpoint")
+    parser.add_argument("path", metavar="FOLDER", help="an adapter, an export of one, or a checkpoint")
     add_json_option(parser)
     parser.set_defaults(run=_info)
 
@@ -44,15 +44,16 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _adapter(path: Path) -> dict[str, Any] | None:
-    import json
     from dataclasses import asdict
 
     from shine.adapter_files import WEIGHTS_FILE, read_provenance, read_shapes
-    from shine.export import peft
+    from shine.export import gguf, peft
 
     if (path / peft.PROVENANCE_FILE).exists():
-        contexts = json.loads((path / peft.PROVENANCE_FILE).read_text(encoding="utf-8"))["contexts"]
-        return {"kind": "PEFT adapter" if (path / peft.CONFIG_FILE).exists() else "merged model", "contexts": contexts}
+        kind = "PEFT adapter" if (path / peft.CONFIG_FILE).exists() else "merged model"
+        return {"kind": kind, "contexts": peft.read_contexts(path)}
+    if (path / gguf.ADAPTER_FILE).exists():
+        return {"kind": "GGUF adapter", "contexts": gguf.read_contexts(path)}
     if not (path / WEIGHTS_FILE).exists():
         return None
     contexts = [asdict(span) for span in read_provenance(path)]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from shine.cli import (
+    app,
     chat,
     check,
     compare,
@@ -22,6 +23,7 @@ from shine.cli import (
     push,
     release,
     report,
+    serve_adapter,
     store,
     trust,
 )
@@ -36,6 +38,8 @@ COMMANDS = (
     info,
     compare,
     store,
+    serve_adapter,
+    app,
     data,
     converse,
     report,

@@ -8,12 +8,22 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from shine.documents import Document
     from shine.lora import LoRA
     from shine.model import Shine
+
+
+def add_document_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """What a command needs that encodes documents: ``--json``, the model (which may be left out unless ``required``), reading."""
+    add_json_option(parser)
+    add_model_options(parser, required=required)
+    add_reading_options(parser)
 
 
 def add_model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -40,6 +50,22 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cut", action="store_true", help="cut a longer text there, instead of adding up its pieces")
     group.add_argument("--overlap", type=int, metavar="N", help="tokens two neighbouring pieces share; default: an eighth")
     group.add_argument("--max-rank", type=positive, metavar="N", help="reduce the sum of the pieces to this rank")
+
+
+def add_strength_option(parser: argparse.ArgumentParser) -> None:
+    """``--strength``."""
+    parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="multiply the update (default: 1)")
+
+
+def add_format_options(parser: argparse.ArgumentParser, formats: Sequence[str]) -> None:
+    """``--format``, the first of ``formats`` by default, and what ``gguf`` needs."""
+    parser.add_argument("--format", choices=formats, default=formats[0], help=f"of the adapter (default: {formats[0]})")
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="with --format gguf: what the Ollama Modelfile builds on, the backbone's GGUF file or its name in Ollama "
+        "(default: backbone.gguf, to be put beside it)",
+    )
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +149,25 @@ def describe(lora: LoRA) -> dict[str, Any]:
 def print_json(value: object) -> None:
     """One JSON value on standard output."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def check_format_options(args: argparse.Namespace) -> None:
+    """Refuse what `add_format_options` lets be said but cannot be meant."""
+    if args.base and args.format != "gguf":
+        raise ValueError("--base is for the Modelfile of --format gguf: leave it out, or give that format")
+
+
+def write_format(lora: LoRA, folder: Path, args: argparse.Namespace, *, backbone: str, dtype: torch.dtype | None = None) -> None:
+    """Write one adapter in the ``--format`` that was asked for."""
+    from shine.export.gguf import BASE, backbone_config, write_gguf
+    from shine.export.peft import write_peft
+
+    if args.format == "shine":
+        lora.save(folder)
+    elif args.format == "peft":
+        write_peft(lora, folder, backbone=backbone, dtype=dtype)
+    else:
+        write_gguf(lora, folder, config=backbone_config(backbone, lora), base=args.base or BASE)
 
 
 @contextmanager

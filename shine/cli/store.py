@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from shine.cli.commands import Commands, add_command
 from shine.cli.models import (
+    add_document_options,
     add_json_option,
-    add_model_options,
-    add_reading_options,
     encode_document,
     load_shine,
     print_json,
@@ -41,9 +40,7 @@ shine store forget adapters notes
         action = actions.add_parser(name, help=help_text, description=f"{help_text.capitalize()}.")
         _add_names(action, "name")
         action.add_argument("text", metavar="TEXT", help="a file, or - for standard input")
-        add_json_option(action)
-        add_model_options(action)
-        add_reading_options(action)
+        add_document_options(action)
         action.set_defaults(run=_write, action=name)
     listing = actions.add_parser("list", help="say what is in it", description="Say what is in a store.")
     listing.add_argument("store", metavar="STORE", help="the folder")

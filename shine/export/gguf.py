@@ -12,17 +12,24 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from shine.chat import END, END_OF_TEXT, START
+from shine.config import parse
 from shine.export.ranks import padded
 from shine.files import may_replace, written_beside
+from shine.fingerprint import Fingerprint, config_fingerprint
 from shine.lora import LoRA
+from shine.provenance import Provenance
+from shine.zoo import resolve
 
 ADAPTER_FILE, MODELFILE = "adapter.gguf", "Modelfile"
+BASE = "./backbone.gguf"
+"""What a Modelfile builds on where nobody says."""
 CONTEXTS_KEY = "shine.contexts"
 
 
@@ -79,6 +86,31 @@ def gguf_tensors(lora: LoRA, config: PretrainedConfig) -> dict[str, Tensor]:
     return tensors
 
 
+def backbone_config(backbone: str, lora: LoRA) -> PretrainedConfig:
+    """The configuration of the backbone that ``lora`` was made for, without its weights.
+
+    Args:
+        backbone: a folder, a hub id, or a name that SHINE knows.
+
+    Raises:
+        ValueError: there is none, or the adapter was made for one of another shape.
+    """
+    path = resolve(backbone)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: no configuration of a model there ({reason}); give --backbone the one it was made for") from None
+    found = config_fingerprint(config)
+    for span in (span for spans in lora.provenance for span in spans):
+        if Fingerprint.parse(span.backbone.fingerprint).config != found:
+            raise ValueError(
+                f"this adapter was made for backbone {span.backbone.name} (fingerprint {span.backbone.fingerprint}), and "
+                f"{backbone} has another shape ({found}): give --backbone the one it was made for"
+            )
+    return config
+
+
 def write_gguf(lora: LoRA, directory: Path, *, config: PretrainedConfig, base: str) -> None:
     """Write a folder of ``adapter.gguf`` and a ``Modelfile``; it appears whole or not at all.
 
@@ -109,6 +141,22 @@ def write_gguf(lora: LoRA, directory: Path, *, config: PretrainedConfig, base: s
         writer.write_tensors_to_file()
         writer.close()
         (folder / MODELFILE).write_text(modelfile(base=base), encoding="utf-8")
+
+
+def read_contexts(directory: Path) -> list[dict[str, Any]]:
+    """What `write_gguf` noted of where an adapter comes from: the fields of `shine.provenance.Provenance`.
+
+    Raises:
+        ValueError: the file or its record is damaged.
+    """
+    file = directory / ADAPTER_FILE
+    try:
+        field = gguf.GGUFReader(file).get_field(CONTEXTS_KEY)
+        contexts = [] if field is None else json.loads(field.contents())
+        return [asdict(parse(Provenance, context)) for context in contexts]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        reason = str(error).splitlines()[-1].strip() if str(error) else type(error).__name__
+        raise ValueError(f"{file}: cannot be read ({reason}); export the adapter again") from None
 
 
 def modelfile(*, base: str, adapter: str = f"./{ADAPTER_FILE}") -> str:

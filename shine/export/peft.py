@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
+from shine.config import parse
+from shine.export.ranks import padded
 from shine.files import may_replace, written_beside
 from shine.fingerprint import Fingerprint, fingerprint
 from shine.lora import LoRA
+from shine.provenance import Provenance
 from shine.zoo import load_model, load_tokenizer, resolve, without_progress_bars
 
 CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE, README_FILE = (
@@ -48,6 +52,37 @@ It expects plain ChatML without a system turn, which many chat templates add:
 """
 
 
+def peft_tensors(lora: LoRA) -> dict[str, Tensor]:
+    """What lies in PEFT's weights file, on the CPU: ``lora_A [r, in]`` and ``lora_B [out, r]`` of each linear.
+
+    Raises:
+        ValueError: these are several adapters.
+    """
+    if lora.batch != 1:
+        raise ValueError(f"these are {lora.batch} adapters: export each into a folder of its own, lora.select([i])")
+    tensors = {}
+    for path, (a, b) in padded(lora, lora.rank).items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = a[0].mT.detach().cpu().contiguous()
+        tensors[f"base_model.model.{path}.lora_B.weight"] = b[0].mT.detach().cpu().contiguous()
+    return tensors
+
+
+def peft_config(lora: LoRA, *, base: str) -> dict[str, Any]:
+    """PEFT's ``adapter_config.json`` for an adapter of the backbone ``base``."""
+    return {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": lora.rank,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": lora.rank,
+        "target_modules": sorted({path.rsplit(".", 1)[-1] for path in lora}),
+        "task_type": "CAUSAL_LM",
+    }
+
+
 def write_peft(lora: LoRA, directory: str | Path, *, backbone: str, dtype: torch.dtype | None = None) -> Path:
     """Write one adapter as the folder that ``PeftModel.from_pretrained`` reads.
 
@@ -61,29 +96,11 @@ def write_peft(lora: LoRA, directory: str | Path, *, backbone: str, dtype: torch
         ValueError: these are several adapters, or the folder holds something else.
         OSError: the folder cannot be written.
     """
-    if lora.batch != 1:
-        raise ValueError(f"these are {lora.batch} adapters: export each into a folder of its own, lora.select([i])")
-    folder, rank = Path(directory).expanduser(), lora.rank
+    folder = Path(directory).expanduser()
+    tensors = {name: tensor.to(dtype) for name, tensor in peft_tensors(lora).items()}
     may_replace(folder, names=FILES, what="PEFT adapter")
-    tensors: dict[str, Tensor] = {}
-    for path, (a, b) in lora.items():
-        padding = rank - a.shape[2]
-        key = f"base_model.model.{path}"
-        tensors[f"{key}.lora_A.weight"] = torch.nn.functional.pad(a[0].mT, (0, 0, 0, padding)).to("cpu", dtype).contiguous()
-        tensors[f"{key}.lora_B.weight"] = torch.nn.functional.pad(b[0].mT, (0, padding)).to("cpu", dtype).contiguous()
     base = resolve(backbone)
-    config = {
-        "base_model_name_or_path": base,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": rank,
-        "target_modules": sorted({path.rsplit(".", 1)[-1] for path in lora}),
-        "task_type": "CAUSAL_LM",
-    }
+    config = peft_config(lora, base=base)
     provenance = [asdict(span) for span in lora.provenance[0]] if lora.provenance else []
     with written_beside(folder) as beside:
         save_file(tensors, beside / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -133,6 +150,21 @@ def write_merged(lora: LoRA, directory: str | Path, *, backbone: str, dtype: tor
             model.generation_config.save_pretrained(beside)
         _write_json(beside / PROVENANCE_FILE, {"contexts": [asdict(span) for spans in lora.provenance for span in spans]})
     return folder
+
+
+def read_contexts(directory: Path) -> list[dict[str, Any]]:
+    """What `write_peft` and `write_merged` noted of where an adapter comes from: the fields of `shine.provenance.Provenance`.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    file = directory / PROVENANCE_FILE
+    try:
+        contexts = json.loads(file.read_text(encoding="utf-8"))["contexts"]
+        return [asdict(parse(Provenance, context)) for context in contexts]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{file}: its record of the context cannot be read ({reason}); export the adapter again") from None
 
 
 def _write_json(file: Path, values: object) -> None:

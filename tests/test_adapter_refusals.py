@@ -1,0 +1,119 @@
+"""What the commands with adapters refuse: one line with the remedy, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ADAPTER_TEXT as TEXT
+from conftest import tiny_model, tiny_tokenizer
+
+MODEL = ("--model", "cpu-world", "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("content", "about"),
+    [
+        (b"", "notes.txt: the file is empty; give one with text in it"),
+        (b"\x89PNG\r\n\0\0\0", "notes.txt: a binary file, not text; give text"),
+        ("Käse".encode("latin-1"), "not utf-8 (byte 0xe4 at 1); say its encoding, for instance --encoding cp1252"),
+        (None, "notes.txt: 50 MB, at most 10 MB are read: give the part that matters"),
+    ],
+    ids=["empty", "binary", "encoding", "50MB"],
+)
+def test_a_bad_document_is_one_line_and_leaves_nothing(
+    notes: Path, tmp_path: Path, refused: Callable[..., str], content: bytes | None, about: str
+) -> None:
+    if content is None:
+        with notes.open("wb") as file:
+            file.truncate(50_000_000)
+    else:
+        notes.write_bytes(content)
+    assert about in refused("encode", notes, "-o", tmp_path / "out", *MODEL)
+    assert about in refused("chat", "--context", notes, "-q", "x", *MODEL)
+    assert about in refused("check", notes, *MODEL)
+    assert about in refused("store", "add", tmp_path / "store", "x", notes, *MODEL)
+    assert about in refused("compare", "cpu-world", "cpu-world", "--context", notes)
+    server = ("--engine", "vllm", "--server", "http://127.0.0.1:9", "-o", tmp_path / "out")
+    assert about in refused("serve-adapter", "register", notes, *server, *MODEL)
+    assert about in refused("app", "--context", notes, *MODEL)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_unknown_checkpoint_is_one_line(notes: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    told = refused("encode", notes, "-o", tmp_path / "out", "--model", "checkpoints/absent")
+    assert "checkpoints/absent: no such checkpoint directory; train the stage that makes it, or download it" in told
+    assert not (tmp_path / "out").exists()
+    assert "no such folder" in refused("info", tmp_path / "out")
+    assert "no adapter there" in refused("chat", "--adapter", tmp_path / "out", "-q", "x", *MODEL)
+    assert "no adapter there" in refused("export", tmp_path / "out", "-o", tmp_path / "peft")
+    for command in (("store", "add", tmp_path / "out", "x", notes), ("check", _with(notes, f"{TEXT} Runa lives in Lorvik."))):
+        assert "checkpoints/absent: no such checkpoint" in refused(*command, "--model", "checkpoints/absent")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_model_is_one_line_with_both_names(
+    tmp_path: Path, adapter: Path, refused: Callable[..., str]
+) -> None:
+    config = json.loads((adapter / "config.json").read_text())
+    config["contexts"][0]["backbone"] = {"name": "models/Qwen3-8B", "fingerprint": "a-b-c"}
+    (adapter / "config.json").write_text(json.dumps(config))
+    told = refused("chat", "--adapter", adapter, "-q", "x", *MODEL)
+    assert re.search(r"made for backbone models/Qwen3-8B \(fingerprint a-b-c\), not for cpu-world .*load that backbone", told)
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    told = refused("export", adapter, "--merge", "--backbone", tmp_path / "tiny", "-o", tmp_path / "merged")
+    assert re.search(r"made for backbone models/Qwen3-8B .*tiny is another .*give --backbone", told)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_read_only_folder_is_one_line(
+    adapter: Path, read_only: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ("--engine", "vllm", "--server", "http://127.0.0.1:9")
+    for arguments in (
+        ("encode", "-", *MODEL),
+        ("encode", "-", "--format", "gguf", *MODEL),
+        ("export", adapter),
+        ("export", adapter, "--format", "gguf"),
+        ("export", adapter, "--merge"),
+        ("serve-adapter", "register", "-", *server, *MODEL),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+        assert "locked cannot be written; choose another folder" in refused(*arguments, "-o", read_only / "out")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    told = refused("store", "add", read_only / "store", "x", "-", *MODEL)
+    assert "locked" in told
+    assert "permission" in told or "cannot be written" in told
+    assert list(read_only.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_is_one_line(
+    adapter: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path))
+
+    monkeypatch.setattr("shine.export.peft.save_file", full)
+    before = sorted(tmp_path.iterdir())
+    assert "No space left on device; choose another place, or make room" in refused("export", adapter, "-o", tmp_path / "peft")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_is_asked_in_vain_is_said(notes: Path, adapter: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert "nothing to talk about" in refused("chat", *MODEL)
+    assert "--keep-text" in refused("chat", "--adapter", adapter, "--compare", "-q", "x", *MODEL)
+    assert "the questions cannot" in refused("chat", "--context", "-", *MODEL)
+    assert "need --model" in refused("compare", adapter, adapter, "-q", "x")
+    assert "holds something else" in refused("encode", notes, "-o", tmp_path, *MODEL)
+    assert "give a longer text" in refused("check", _with(notes, "One fish."), *MODEL)
+
+
+def _with(file: Path, text: str) -> Path:
+    file.write_text(text)
+    return file
