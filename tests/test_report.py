@@ -15,7 +15,7 @@ import torch
 from conftest import tiny_hypernetwork_config, tiny_model, tiny_tokenizer
 from matplotlib import image
 from test_evaluation import evaluation_config, write_examples
-from test_scores import timed_methods
+from test_scores import answer, timed_methods
 
 from shine.backbone import Backbone
 from shine.checkpoint import CheckpointInfo, save_hypernetwork
@@ -173,17 +173,20 @@ def test_methods_are_compared_on_the_page(results: dict[str, Path], tmp_path: Pa
         assert cells[5].startswith(f"{prefixes[0] - prefixes[1]:+.1f} [")
 
 
-def test_pays_from_is_counted_from_the_times(results: dict[str, Path], tmp_path: Path) -> None:
+def test_pays_from_and_differences_stand_on_the_page(results: dict[str, Path], tmp_path: Path) -> None:
     """Real times say nothing here, so the folder is given some: 1 s to encode, 0.25 s a question against 0.5 s in context."""
     folder = tmp_path / "timed"
     shutil.copytree(results["first"], folder)
     summary = json.loads((folder / SUMMARY_FILE).read_text())
     found = summary["sources"]["mine"]
-    found |= compare_methods({}, timed_methods(encode=1.0, shine=0.25, in_context=0.5))
+    rows = {method: [answer(str(n), (n + gain) / 10) for n in range(4)] for method, gain in (("shine", 3), ("in_context", 1))}
+    found |= compare_methods(rows, timed_methods(encode=1.0, shine=0.25, in_context=0.5))
     (folder / SUMMARY_FILE).write_text(json.dumps(summary))
     main(["report", str(folder), "--output", str(tmp_path / "report")])
     head, *scored = table((tmp_path / "report" / "report.md").read_text(), "Scores, shares and costs")
     assert [dict(zip(head, cells, strict=True))["pays from"] for cells in scored] == ["5", "", ""]
+    shown = table((tmp_path / "report" / "report.md").read_text(), "Differences between methods, F1")[1:]
+    assert shown == [["timed", "mine", "SHINE − In-Context", "+20.0 [+20.0, +20.0]"]]
 
 
 def test_every_line_of_a_picture_is_told_from_the_others(results: dict[str, Path]) -> None:

@@ -211,7 +211,8 @@ def _legends(grid: Sequence[Axes]) -> None:
     for axes in grid:
         labels = set(axes.get_legend_handles_labels()[1])
         if labels - named:
-            axes.legend(frameon=False, fontsize=8)
+            # Long enough to tell dashes apart.
+            axes.legend(frameon=False, fontsize=8, handlelength=3.5)
         named |= labels
 
 

@@ -126,6 +126,8 @@ def _draw_rates(axes: Axes, result: Mapping[str, Any]) -> None:
         ("unanswerable: declines", {n: unknown.get(f"declined_{n}") for n in COLUMNS}),
     ]
     colors = {"on": COLORS["shine"], "off": COLORS["only_question"], "in_context": COLORS["in_context"]}
+    # What was not asked has no bar.
+    rows = [(label, values) for label, values in rows if any(values.values())]
     for place, (_, values) in enumerate(rows):
         for offset, name in enumerate(COLUMNS):
             if estimate := values.get(name):
