@@ -145,8 +145,11 @@ def test_speed_is_that_of_training_alone(tiny_backbone_folder: str, tmp_path: Pa
 
 @pytest.mark.parametrize("stage", ["pretrain", "mqa"])
 def test_tensorboard_holds_every_scalar_and_the_answers(stage: str, tiny_backbone_folder: str, tmp_path: Path) -> None:
-    """Read back by TensorBoard itself, and equal to the lines of metrics.jsonl."""
-    train(train_config(tiny_backbone_folder, tmp_path, stage=stage_config(stage, steps=4, evaluate_every=2, evaluation_batches=2)))
+    """Read back by TensorBoard itself, and equal to the lines of metrics.jsonl, after a resume too."""
+    values = {"stage": stage_config(stage, steps=4, evaluate_every=2, evaluation_batches=2, save_every=1, keep=3)}
+    train(train_config(tiny_backbone_folder, tmp_path, **values))
+    # Done again from the third step on: no step is lost, and none is there twice.
+    train(train_config(tiny_backbone_folder, tmp_path, resume=str(tmp_path / "step-000002"), **values))
     board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
     board.Reload()
     sets = ("reconstruct", "complete") if stage == "pretrain" else ("answers",)

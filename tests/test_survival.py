@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ import pytest
 import torch
 from processes import train_in_process, wait_for_a_directory_being_written, wait_for_progress
 from runs import losses_of, stage_config, train_config
+from transformers import AutoModelForCausalLM
 
 from shine.checkpoint import WEIGHTS_FILE
-from shine.config import DataConfig, SourceConfig
+from shine.cli.doors import run_door
+from shine.config import DataConfig, SourceConfig, TrainConfig
 from shine.manifest import damage
 from shine.training import loop
 from shine.training.guard import NOT_FINITE, SPIKE, Guard
@@ -134,6 +137,23 @@ def test_a_signal_before_the_first_step_stops_at_once() -> None:
     with stop_requests(), pytest.raises(StoppedError, match="SIGTERM: stopped before the first step") as stopped:
         signal.raise_signal(signal.SIGTERM)
     assert stopped.value.signal_number == signal.SIGTERM
+
+
+@pytest.mark.parametrize("where", ["backbone", "state"])
+def test_a_signal_while_loading_is_no_damaged_file(
+    where: str, tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of a library's work, where whatever is raised would mean that the file is bad."""
+    config = train_config(tiny_backbone_folder, tmp_path, stage=stage_config(steps=3, save_every=2))
+    if where == "state":
+        train(config)
+        config = replace(config, resume="latest")
+    place, name = (torch, "load") if where == "state" else (AutoModelForCausalLM, "from_pretrained")
+    monkeypatch.setattr(place, name, lambda *_args, **_options: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as left:
+        run_door(TrainConfig, asdict(config), train)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.endswith("SIGTERM: stopped before the first step, there was nothing to save\n")
 
 
 def test_a_second_interrupt_does_not_wait(capfd: pytest.CaptureFixture[str]) -> None:
@@ -267,6 +287,37 @@ def test_the_best_before_stays_until_a_save(tiny_backbone_folder: str, tmp_path:
     assert [path.name for path in tmp_path.glob("best-*")] == ["best-000003"]
 
 
+def test_a_loss_that_is_no_number_is_never_the_best(
+    tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the first one, nor one after it; a run that goes on compares with the last number."""
+    stage = stage_config(steps=6, evaluate_every=1, save_every=2, keep=5)
+    losses = iter([math.nan, 2.0, -math.inf, 1.0, math.nan, 3.0])
+    monkeypatch.setattr(Validation, "measure", lambda *_: {"validation/answers/loss": next(losses)})
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage))
+    assert [path.name for path in tmp_path.glob("best-*")] == ["best-000004"]
+    assert [load_state(path).best for path in step_directories(tmp_path)] == [2.0, 1.0]
+    losses = iter([math.nan, 1.5])
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage, resume=str(tmp_path / "step-000004")))
+    assert [path.name for path in tmp_path.glob("best-*")] == ["best-000004"]
+
+
+def test_a_resumed_run_still_counts_the_bad_steps_before_it(
+    tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved after three of at most four bad steps in a row, it ends at its next."""
+    from shine.training import step
+
+    real = step.label_losses
+    monkeypatch.setattr(step, "label_losses", lambda *args: (real(*args)[0] * float("inf"), torch.zeros(())))
+    stage = stage_config(most_skipped=4)
+    with asked_to_stop(monkeypatch, number=signal.SIGTERM, after=3), pytest.raises(StoppedError, match="saved after step 3"):
+        train(train_config(tiny_backbone_folder, tmp_path, stage=stage))
+    with pytest.raises(ValueError, match="4 steps in a row"):
+        train(train_config(tiny_backbone_folder, tmp_path, stage=stage, resume="latest"))
+    assert len(losses_of(tmp_path)) == 4
+
+
 def test_a_guard_skips_what_is_not_finite_and_what_is_a_spike() -> None:
     guard = Guard(stage_config(spike_factor=3.0, spike_window=4, most_skipped=3))
     assert [guard.verdict(1.0, norm) for norm in (1.0, 50.0, 1.2, 0.8)] == [None] * 4, "no spike before the window is full"
@@ -277,7 +328,7 @@ def test_a_guard_skips_what_is_not_finite_and_what_is_a_spike() -> None:
     with pytest.raises(ValueError, match=r"3 steps in a row .*learning rate 0\.001, warm-up 3 steps.*larger stage\.warmup_steps"):
         guard.check(learning_rate=1e-3)
     again = Guard(guard.stage, **guard.state())
-    assert (again.skipped, again.in_a_row) == (3, 0)
+    assert (again.skipped, again.in_a_row) == (3, 3)
     assert again.verdict(1.0, 1.0) is None
     assert list(again.norms) == [50.0, 1.2, 0.8, 1.0]
 

@@ -242,7 +242,8 @@ class _Run:
         monitor.show_answers(self.validation.answers(self.hypernetwork))
         losses = [value for name, value in scalars.items() if name.endswith("/loss")]
         [loss] = self.ranks.of_first([sum(losses) / len(losses)], device=self.backbone.device)
-        if self.best is None or loss < self.best:
+        # What is not finite is no measure: it would be the best for ever, or never be beaten.
+        if math.isfinite(loss) and (self.best is None or loss < self.best):
             self.best = loss
             weights = whole_weights(self.hypernetwork)
             if self.ranks.first:

@@ -13,8 +13,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """A scheduler's end, the keyboard, and what SLURM sends ahead of pre-emption (``--signal=USR1@120``)."""
 
 
-class StoppedError(Exception):
-    """A run that was asked to stop has saved what it needs to go on.
+class StoppedError(BaseException):
+    """A run that was asked to stop, and has saved what it needs to go on where there was anything to save.
+
+    No ``Exception``, as ``KeyboardInterrupt`` is none: it may come in the middle of what takes any exception for a damaged file.
 
     Attributes:
         signal_number: what asked.
