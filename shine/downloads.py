@@ -162,6 +162,14 @@ def fetch(
     return names
 
 
+def revision_in(folder: Path) -> str | None:
+    """The hub's revision of what was downloaded into a folder, by the record that its download left; ``None`` without one."""
+    records = sorted(folder.glob(".*.download.json"), key=lambda file: file.stat().st_mtime)
+    if records:
+        return str(json.loads(records[-1].read_text(encoding="utf-8"))["revision"])
+    return _list_local(Item("", str(folder), "")).revision or None
+
+
 def size_of(count: float) -> str:
     """Bytes for people."""
     for unit in ("B", "kB", "MB"):

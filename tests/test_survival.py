@@ -39,36 +39,46 @@ from shine.training.validation import Validation
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(("kills", "length_window"), [(3, 0), pytest.param(20, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "length_window"), [(4, 0), pytest.param(20, 4, marks=pytest.mark.slow)])
 def test_a_run_killed_again_and_again_is_the_run_that_was_not(
     kills: int, length_window: int, tiny_backbone_folder: str, tmp_path: Path
 ) -> None:
-    """SIGKILL at random moments, every second time while a step directory is being written; each process resumes by itself."""
+    """SIGKILL at random moments of the process, from its start on, of its training, of a save, and twice of its end.
+
+    Each process resumes by itself.
+    """
     rng = random.Random(kills)
     stage = stage_config(steps=30 * kills, save_every=3, evaluate_every=10, evaluation_batches=1, length_window=length_window)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = train_in_process(tiny_backbone_folder, whole, stage=stage)
+    began = time.monotonic()
+    wait_for_progress(whole, process)
+    until_first_step = time.monotonic() - began
     process.join()
     assert process.exitcode == 0
 
-    done = while_saving = 0
-    while done < kills:
+    while_saving = 0
+    for number, moment in enumerate([*itertools.islice(itertools.cycle(("start", "save", "step", "save")), kills), "end", "end"]):
         process = train_in_process(tiny_backbone_folder, killed, stage=stage, resume="auto")
-        wait_for_progress(killed, process)
-        if done % 2:
-            wait_for_a_directory_being_written(killed, process)
+        if moment == "start":
+            time.sleep(rng.uniform(0, until_first_step))
+        elif moment == "end":
+            wait_for_a_directory_being_written(killed, process, name="final.*")
         else:
+            wait_for_progress(killed, process)
+        if moment == "save":
+            wait_for_a_directory_being_written(killed, process)
+        elif moment == "step":
             time.sleep(rng.uniform(0, 0.5))
-        assert process.is_alive(), "the run was over before it could be killed: give it more steps"
+        assert process.is_alive() or number > kills, "the run was over before it could be killed: give it more steps"
         process.kill()
         process.join()
-        done += 1
-        while_saving += bool(list(killed.glob(".step-*.partial")))
+        while_saving += moment == "save" and bool(list(killed.glob(".step-*.partial")))
         assert [damage(directory) for directory in step_directories(killed)] == [None] * len(step_directories(killed))
     process = train_in_process(tiny_backbone_folder, killed, stage=stage, resume="auto")
     process.join()
     assert process.exitcode == 0
-    assert while_saving >= kills // 4, "the kills hardly hit a save"
+    assert while_saving >= max(kills // 4, 1), "the kills hardly hit a save"
     assert measured(killed) == measured(whole)
     assert (killed / "final" / WEIGHTS_FILE).read_bytes() == (whole / "final" / WEIGHTS_FILE).read_bytes()
     assert [best.name for best in killed.glob("best-*")] == [best.name for best in whole.glob("best-*")]
@@ -342,6 +352,7 @@ def test_a_run_of_bad_numbers_ends_with_advice(tiny_backbone_folder: str, tmp_pa
         train(train_config(tiny_backbone_folder, tmp_path, stage=stage_config(most_skipped=4)))
     rows = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [(path.name, damage(path)) for path in step_directories(tmp_path)] == [("step-000004", None)], "what was good is saved"
     assert all(len(row["samples"]) == 4 and row["reason"] == NOT_FINITE for row in rows)
 
 
