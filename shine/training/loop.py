@@ -22,6 +22,7 @@ from shine.data.build import build_samples
 from shine.data.samples import Sample, StageSamples
 from shine.data.sources import look_into
 from shine.data.tally import Tally
+from shine.downloads import revision_of
 from shine.files import written_beside
 from shine.fingerprint import fingerprint
 from shine.hub import hub_id
@@ -32,14 +33,14 @@ from shine.training.needs import estimate, matrix_rate, room
 from shine.training.optimizer import build_optimizer, learning_rate
 from shine.training.owner import Owner, owned
 from shine.training.parallel import restore_optimizer, shard, shard_backbone, synchronised, whole_optimizer, whole_weights
-from shine.training.provenance import backbone_revision, differences, run_record
+from shine.training.provenance import differences, run_record
 from shine.training.rehearsal import check_start, rehearsal
 from shine.training.start import FINAL, Start, start_hypernetwork, starting_point
 from shine.training.state import RUN_FILE, RunState, load_state, prune, restore_rng, rng_state, save_state, set_aside, sweep
 from shine.training.step import StepResult, training_step
 from shine.training.stop import StoppedError, StopRequest, stop_requests
 from shine.training.validation import Validation
-from shine.zoo import find_device, load_backbone, variant_name, without_progress_bars
+from shine.zoo import find_device, load_backbone, resolve, variant_name, without_progress_bars
 
 
 def train(config: TrainConfig) -> Path:
@@ -139,7 +140,7 @@ class _Run:
         with ranks.together():
             self.hypernetwork, before = start_hypernetwork(config, backbone, found=found, start=start)
             self.validation = Validation(config, backbone, tokenizer)
-        stages, revision = (*before, stage.name), backbone_revision(config.backbone.path, backbone)
+        stages, revision = (*before, stage.name), revision_of(resolve(config.backbone.path))
         variant = variant_name(config.backbone.path, backbone)
         shape, length = self.hypernetwork.config, stage.context_length
         self.info = CheckpointInfo(config.backbone, shape, stages, found, revision, variant, length)

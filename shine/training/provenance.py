@@ -14,10 +14,7 @@ import torch
 import transformers
 
 import shine
-from shine.backbone import Backbone
 from shine.config import TrainConfig
-from shine.downloads import revision_in
-from shine.zoo import resolve
 
 SILENT = ("allow_changes", "checkpoint", "from_scratch", "resume")
 """Keys that say how a run was started, which a resumed one was in another way."""
@@ -77,13 +74,6 @@ def git_revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return f"{commit}+changes" if changed.strip() else str(commit)
-
-
-def backbone_revision(path: str, backbone: Backbone) -> str | None:
-    """The hub's revision of a backbone: of its id, or of the folder that it was downloaded into; ``None`` where none is known."""
-    found = getattr(backbone.model.config, "_commit_hash", None)
-    folder = Path(resolve(path))
-    return found or (revision_in(folder) if folder.is_dir() else None)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
