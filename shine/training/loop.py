@@ -330,13 +330,14 @@ class _Run:
 
     def _restore(self, directory: Path) -> list[str]:
         """Go on where a step directory stands; what differs from the run that wrote it is returned, to be said."""
-        # One rank at a time: each holds the whole of the optimizer's state until it has taken its part.
+        # One rank at a time: each holds the whole of the optimizer's state, until only those do who need it.
         with self.ranks.one_by_one():
             state = load_state(directory)
             record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
             free, binding = self._differences(directory, state, record)
-            restore_optimizer(self.hypernetwork, self.optimizer, dict(state.optimizer))
-            state = replace(state, optimizer={})
+            if not self.ranks.first:
+                state = replace(state, optimizer={})
+        restore_optimizer(self.hypernetwork, self.optimizer, dict(state.optimizer))
         self.step, self.best = state.step, state.best
         self.stream.epoch, self.stream.offset = state.epoch, state.offset % len(self.stream.samples)
         self.stream.samples.tally = Tally.of(state.tally)
