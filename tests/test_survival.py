@@ -26,13 +26,13 @@ from transformers import AutoModelForCausalLM
 from shine.checkpoint import WEIGHTS_FILE
 from shine.cli.doors import run_door
 from shine.config import DataConfig, SourceConfig, TrainConfig
-from shine.manifest import damage
+from shine.manifest import damage, write_manifest
 from shine.training import loop
 from shine.training.guard import NOT_FINITE, SPIKE, Guard
 from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE, SAMPLES_FILE
 from shine.training.provenance import differences
-from shine.training.state import load_state, newest_whole, step_directories
+from shine.training.state import STATE_FILE, load_state, newest_whole, step_directories
 from shine.training.stop import StoppedError, stop_requests
 from shine.training.validation import Validation
 
@@ -204,6 +204,27 @@ def test_a_damaged_step_directory_is_passed_over(
     assert "goes on after step 3" in said.out + said.err
     with pytest.raises(ValueError, match="not a whole step directory"):
         train(train_config(tiny_backbone_folder, tmp_path, stage=stage, resume=str(broken.parent.with_name("step-000009"))))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_malicious_training_state_is_refused_and_never_run(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """In a step directory whose manifest says that all is as it was written."""
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "trapped"),)
+
+    stage = stage_config(steps=3, save_every=2)
+    train(train_config(tiny_backbone_folder, tmp_path / "run", stage=stage))
+    step = tmp_path / "run" / "step-000002"
+    torch.save({"step": 2, "rng": Trap()}, step / STATE_FILE)
+    write_manifest(step)
+    assert damage(step) is None
+    with pytest.raises(ValueError, match=r"training_state\.pt: damaged"):
+        train(train_config(tiny_backbone_folder, tmp_path / "run", stage=stage, resume="latest"))
+    assert not (tmp_path / "trapped").exists()
+    torch.load(step / STATE_FILE, weights_only=False)
+    assert (tmp_path / "trapped").exists(), "the trap is none"
 
 
 def test_a_changed_configuration_is_named_and_refused_unless_told(
