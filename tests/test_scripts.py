@@ -88,7 +88,13 @@ def clone(tmp_path: Path) -> Path:
 
 def small(backbone: str) -> list[str]:
     """Overrides that make the published recipe a matter of seconds."""
-    data = ["data=worlds", "data.train.worlds.options.count=40", "data.test.worlds.options.count=3", f"backbone.path={backbone}"]
+    data = [
+        "data=worlds",
+        "sets=worlds",
+        "data.train.worlds.options.count=40",
+        "data.test.worlds.options.count=3",
+        f"backbone.path={backbone}",
+    ]
     return [*data, "backbone.dtype=float32", "backbone.device=cpu", "hypernetwork.rank=2", "hypernetwork.meta_rank=4"]
 
 

@@ -41,6 +41,21 @@ def test_knowledge_travels_through_the_weights(demo: ModuleType, tmp_path: Path,
     assert scores["shine"]["contexts_encoded"] == 120
 
 
+@pytest.mark.slow
+def test_the_readme_has_the_figures_of_this_code(demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All 200 contexts, single questions and conversations; a tenth of a point is one answer of 987."""
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path)
+    found = {door: demo.score(door, 200) for door in ("test", "test_pwc")}
+    titles = {"Only Question": "only_question", "In-Context": "in_context", "**SHINE**": "shine"}
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    shown = {cells[0]: cells[1:] for cells in rows if len(cells) == 3 and cells[0] in titles}
+    assert set(shown) == set(titles)
+    for title, method in titles.items():
+        for door, text in zip(found, shown[title], strict=True):
+            assert float(text.strip("*")) == pytest.approx(found[door][method]["em"], abs=0.31), (title, door)
+
+
 def test_the_demo_runs_to_its_report(demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "OUTPUT", tmp_path)
     monkeypatch.setattr(demo, "SHORT", {"pretrain": 3, "mqa": 3, "1qa": 3})

@@ -28,7 +28,7 @@ shine converse cpu-world examples/conversations_cpu_world.jsonl
     parser.add_argument("file", metavar="FILE", help="contexts with their questions")
     parser.add_argument("--backbone", help="where its backbone lies, if not where the checkpoint says")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="of an answer (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="also write the answers there, JSON lines")
+    parser.add_argument("--output", type=Path, help="also write the answers there: a page if it ends in .md, else JSON lines")
     parser.set_defaults(run=_converse)
 
 

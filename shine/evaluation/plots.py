@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from shine.evaluation.tables import TITLES, title_of
 from shine.training.monitor import METRICS_FILE
@@ -119,6 +119,8 @@ def _draw_grouped(panels: Sequence[tuple[Run, str]], key: str, label: str, path:
             low, high = zip(*(groups[bound]["f1_interval"] for bound in bounds), strict=True)
             axes.fill_between(bounds, low, high, color=_color(method), alpha=0.15, linewidth=0)
             axes.plot(bounds, [groups[b]["f1"] for b in bounds], _style(method), color=_color(method), label=title_of(method))
+            if key == "lengths":
+                axes.set_xticks(bounds)
         axes.set(xlabel=label, ylabel="F1, percent", title=f"{run.name}: {source}", ylim=(0, 103))
         if key == "turns":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -134,9 +136,13 @@ def _draw_recall(panels: Sequence[tuple[Run, str]], path: Path) -> Path:
             groups = {int(bound): found for bound, found in scores[task]["lengths"].items()}
             bounds = sorted(groups)
             low, high = ([groups[b][f"perplexity_{end}"] for b in bounds] for end in ("p10", "p90"))
-            axes.fill_between(bounds, low, high, color=_color(method), alpha=0.15, linewidth=0)
+            if len(bounds) > 1:
+                axes.fill_between(bounds, low, high, color=_color(method), alpha=0.15, linewidth=0)
+            else:
+                axes.vlines(bounds, low, high, color=_color(method), alpha=0.3, linewidth=6)
             line = [groups[b]["perplexity"] for b in bounds]
             axes.plot(bounds, line, _style(method), color=_color(method), label=title_of(method))
+            axes.set_xticks(bounds)
         axes.set(xlabel="tokens of the text, up to", ylabel="perplexity (band: p10 to p90)", title=f"{run.name}: {source}, {task}")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
@@ -167,6 +173,9 @@ def _draw_time(panels: Sequence[tuple[Run, str]], path: Path) -> Path:
         axes.set_xscale("log")
         times = [scores["seconds"]["total"] / scores["contexts"] for scores in run.summary["sources"][source]["methods"].values()]
         axes.set_xlim(min(times) / 3, max(times) * 3)
+        # Between neighbouring powers of ten there would be one label, or none.
+        near = max(times) < 10 * min(times)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,)))
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
         axes.legend(frameon=False, fontsize=8)

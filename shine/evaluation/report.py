@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ from shine.evaluation.statistics import Estimate, difference
 from shine.evaluation.tables import title_of, with_interval
 
 REPORT_FILE, FIGURES_FILE = "report.md", "report.json"
+TASKS = ("reconstruct", "complete")
+ANSWERS_COMPARED, RECALL_COMPARED = ("em", "f1", "rouge_l"), ("loss", "exact_prefix")
+SHOWN = {"f1": "F1", "loss": "loss, nats a token", "exact_prefix": "exact prefix"}
+"""Of what is compared, what the page shows, and how it calls it."""
 
 
 @dataclass(frozen=True)
@@ -77,25 +81,33 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
 
 
 def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """How much each run is ahead of each named before it, method by method, on the contexts that both looked at."""
+    """How much each run is ahead of each named before it, method by method, on the contexts that both looked at.
+
+    Of texts given back the difference in loss is in nats a token, where less is better; all others are in percent.
+    """
     found = []
     for first, second in combinations(runs, 2):
-        if first.summary["stage"] != second.summary["stage"] or first.recalls:
+        if first.summary["stage"] != second.summary["stage"]:
             continue
         for source in first.summary["sources"]:
             theirs = second.summary["sources"].get(source, {"methods": {}})["methods"]
-            for method in first.summary["sources"][source]["methods"]:
-                if method not in theirs or not _shared(first, second, source, method):
+            for method, task in product(first.summary["sources"][source]["methods"], TASKS if first.recalls else ("",)):
+                if method not in theirs:
                     continue
-                for score in ("em", "f1", "rouge_l"):
-                    gap = difference(totals(second.of(source, method), score), totals(first.of(source, method), score))
-                    names = {"from": first.name, "to": second.name, "source": source, "method": method, "score": score}
-                    found.append({**names, "difference": gap, "contexts": _shared(first, second, source, method)})
+                before, after = ([row for row in run.of(source, method) if row.get("task", "") == task] for run in (first, second))
+                shared = len({row["id"] for row in before} & {row["id"] for row in after})
+                for score in (RECALL_COMPARED if first.recalls else ANSWERS_COMPARED) if shared else ():
+                    gap = difference(totals(after, score), totals(before, score))
+                    names = {
+                        "from": first.name,
+                        "to": second.name,
+                        "source": source,
+                        "method": method,
+                        "task": task,
+                        "score": score,
+                    }
+                    found.append({**names, "difference": gap, "contexts": shared})
     return found
-
-
-def _shared(first: Run, second: Run, source: str, method: str) -> int:
-    return len({row["id"] for row in first.of(source, method)} & {row["id"] for row in second.of(source, method)})
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
@@ -196,7 +208,7 @@ def _recall_table(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         for source, found in run.summary["sources"].items():
             for method, tasks in found["methods"].items():
-                for task in ("reconstruct", "complete"):
+                for task in TASKS:
                     scores = tasks[task]
                     mean = Estimate(scores["perplexity"], *scores["intervals"]["perplexity"])
                     spread = f"{scores['perplexity_p10']:.2f}–{scores['perplexity_p90']:.2f}"
@@ -205,13 +217,15 @@ def _recall_table(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _comparison_table(compared: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield from _head(["from", "to", "set", "method", "F1, difference [95 %]", "contexts"], left=4)
+    yield from _head(["from", "to", "set", "method", "score", "difference [95 %]", "contexts"], left=5)
     for row in compared:
-        if row["score"] != "f1":
+        if row["score"] not in SHOWN:
             continue
-        names = [row["from"], row["to"], row["source"], title_of(row["method"])]
+        score = f"{SHOWN[row['score']]} ({row['task']})" if row["task"] else SHOWN[row["score"]]
+        names = [row["from"], row["to"], row["source"], title_of(row["method"]), score]
+        gap = f"{row['difference']:+.3f}" if row["score"] == "loss" else f"{row['difference']:+.1f}"
         sure = row["difference"].low > 0 or row["difference"].high < 0
-        yield _line([*names, f"**{row['difference']:+.1f}**" if sure else f"{row['difference']:+.1f}", f"{row['contexts']:,}"])
+        yield _line([*names, f"**{gap}**" if sure else gap, f"{row['contexts']:,}"])
 
 
 def _head(names: Sequence[str], *, left: int) -> Iterator[str]:

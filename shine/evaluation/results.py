@@ -9,13 +9,15 @@ computed what and however often the run was interrupted. Times, which are never 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from shine.data.examples import Example
+from shine.files import file_written_beside
 
 PREDICTIONS_FILE, SUMMARY_FILE, TIMINGS_FILE, PLAN_FILE = "predictions.jsonl", "summary.json", "timings.jsonl", "plan.json"
 Row = Mapping[str, Any]
@@ -62,10 +64,24 @@ class ResultFolder:
         assert sorted(map(str, order)) == sorted(str(key) for unit in units for key in unit.predictions())
         self.folder, self.units, self.order = folder, units, order
         self.plan: dict[str, Any] = json.loads(json.dumps(plan))
+        self._lock = FileLock(folder / ".lock")
 
     def open(self, *, resume: bool) -> tuple[set[int], str]:
-        """Make the folder ready and return the numbers of the units that are done, and what to tell the reader."""
+        """Make the folder ready and return the numbers of the units that are done, and what to tell the reader.
+
+        Until `release`, or the end of this process, no other evaluation can open it.
+
+        Raises:
+            ValueError: another one has it open: also one whose launcher was killed and whose ranks live on.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"output={self.folder}: another evaluation is writing there; let it end, end its processes, or choose another "
+                "folder"
+            ) from None
         found = {**self._rows(), **_by_key(_whole_lines(self.folder / PREDICTIONS_FILE))}
         note = ""
         if found and not (resume and self._same_plan()):
@@ -107,6 +123,10 @@ class ResultFolder:
         for part in self.parts():
             part.unlink()
         return rows
+
+    def release(self) -> None:
+        """Let others open the folder."""
+        self._lock.release()
 
     def timings(self) -> list[Row]:
         """The last time that each unit took."""
@@ -152,9 +172,5 @@ def _lines(rows: Iterable[Row]) -> bytes:
 
 
 def _replace(file: Path, rows: Iterable[Row]) -> None:
-    beside = file.with_name(f".{file.name}.partial")
-    with beside.open("wb") as lines:
+    with file_written_beside(file) as lines:
         lines.write(_lines(rows))
-        lines.flush()
-        os.fsync(lines.fileno())
-    beside.replace(file)

@@ -32,6 +32,7 @@ from shine.evaluation.fine_tuning import FineTuned, Lessons
 from shine.evaluation.methods import InContext, Method, Shine, Speaker
 from shine.evaluation.results import PREDICTIONS_FILE, SUMMARY_FILE, Key, ResultFolder, Row, Unit
 from shine.evaluation.tables import answer_table, recall_table, show
+from shine.files import file_written_beside
 from shine.fingerprint import fingerprint
 from shine.training.distributed import Ranks, join_ranks
 from shine.training.provenance import versions
@@ -71,7 +72,11 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         with ranks.one_by_one():
             methods = load_methods(config)
         sets = read_sets(config, methods[0].speaker, say=say)
-        return _Evaluation(config, methods, sets, ResultFolder(output, *_plan(config, methods, sets)), ranks, say).run()
+        folder = ResultFolder(output, *_plan(config, methods, sets))
+        try:
+            return _Evaluation(config, methods, sets, folder, ranks, say).run()
+        finally:
+            folder.release()
 
 
 def with_checkpoint(config: EvaluationConfig, *, say: Callable[[str], None]) -> EvaluationConfig:
@@ -179,7 +184,7 @@ class _Evaluation:
 
     def run(self) -> dict[str, Any]:
         """Compute what is missing, a share on each rank, and let the first rank sum it up."""
-        done, note = self.ranks.gather(self.folder.open(resume=self.config.resume) if self.ranks.first else (set(), ""))[0]
+        done, note = self.ranks.ask_first(lambda: self.folder.open(resume=self.config.resume))
         if note:
             self.say(note)
         todo = [unit for unit in self.folder.units if unit.number not in done]
@@ -222,9 +227,8 @@ class _Evaluation:
             "versions": versions(),
             "sources": {name: self._summarise(name, found, rows) for name, found in self.sets.items()},
         }
-        beside = output / f".{SUMMARY_FILE}.partial"
-        beside.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        beside.replace(output / SUMMARY_FILE)
+        with file_written_beside(output / SUMMARY_FILE) as file:
+            file.write((json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
         show(recall_table(summary) if config.stage.name == "pretrain" else answer_table(summary))
         print(f"every prediction: {output / PREDICTIONS_FILE}\nsummary: {output / SUMMARY_FILE}", flush=True)
         return summary

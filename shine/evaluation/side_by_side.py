@@ -80,8 +80,30 @@ def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
+def rows_as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `converse` as a page: each context with a table of its questions, a column for each method."""
+    methods = [name for name in TITLES if name in rows[0]]
+    columns = ["question", "right", *(TITLES[name] for name in methods)]
+    right = any(row["answers"] for row in rows)
+    lines: list[str] = []
+    before = None
+    for row in rows:
+        if row["id"] != before:
+            quoted = "\n".join(f"> {line}".rstrip() for line in row["context"].splitlines())
+            lines += ["", quoted, "", _cells(columns, right=right), _cells(["---"] * len(columns), right=right)]
+            before = row["id"]
+        lines.append(_cells([row["question"], *(row["answers"] or [""])[:1], *(row[name] for name in methods)], right=right))
+    return "\n".join(lines[1:]) + "\n"
+
+
+def _cells(texts: Sequence[str], *, right: bool) -> str:
+    """A row of a table, without its second column where no right answer is known."""
+    shown = [" ".join(text.split()).replace("|", "\\|") for text in (texts if right else [texts[0], *texts[2:]])]
+    return "| " + " | ".join(shown) + " |"
+
+
 def converse_file(checkpoint: str, file: str, *, backbone: str | None, max_new_tokens: int, output: Path | None) -> None:
-    """`converse` about the contexts of a file, shown and, where there is an ``output``, written.
+    """`converse` about the contexts of a file, shown and, where there is an ``output``, written: a page if it ends in ``.md``.
 
     Raises:
         ValueError: no question in the file, or no such checkpoint.
@@ -93,7 +115,8 @@ def converse_file(checkpoint: str, file: str, *, backbone: str | None, max_new_t
     show_rows(rows)
     if output is not None:
         output_folder(output.parent).mkdir(parents=True, exist_ok=True)
-        output.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        output.write_text(rows_as_markdown(rows) if output.suffix == ".md" else lines, encoding="utf-8")
 
 
 def report_trust(
@@ -125,8 +148,11 @@ def report_trust(
         found = [example for _, example in zip(range(contexts), usable, strict=False)]
         print(f"{path}: {tally}", flush=True)
         if sum(len(example.turns) for example in found) < trust.TURNS + 6 or len(found) < 2:
-            raise ValueError(f"{path}: {len(found)} contexts hold too few questions for a conversation of {trust.TURNS} turns")
-        sets.append(trust.passage_set(found, name=Path(path).name))
+            raise ValueError(
+                f"{path}: {len(found)} contexts hold too few questions for a conversation of {trust.TURNS} turns: "
+                "give more, or look at more contexts with --contexts"
+            )
+        sets.append(trust.passage_set(found, name="SQuAD" if kind == "squad" else Path(path).name))
     methods = three_methods(model)
     assert isinstance(methods[0], Shine)
     asker = trust.Asker.of(methods[0].speaker, methods[0], max_new_tokens=max_new_tokens)

@@ -62,9 +62,20 @@ def _page(found: Sequence[Mapping[str, Any]], about: str) -> Iterator[str]:
         yield from ["", f"Effective rank of an update: {geometry['effective_rank']:.2f} of {geometry['rank']}."]
         if "cosine" in geometry:
             spread = geometry["cosine"]
-            yield f"Cosine between the adapters of two contexts: {spread['mean']:.2f} on average, {spread['p10']:.2f} to "
+            yield f"Cosine between the adapters of two contexts: {spread['mean']:.2f} on average, {spread['p10']:.2f} to"
             yield f"{spread['p90']:.2f} for the middle 80 % of pairs; near 1 means that every context gets the same adapter."
+        if unreadable(result):
+            yield from [
+                "",
+                "**This backbone cannot read these contexts**: it answers none of their questions with the context in its",
+            ]
+            yield "prompt either. What stands above says nothing about adapters; choose contexts in its language."
     yield from ["", f"![The same in pictures]({PICTURE_FILE})", "", f"Every answer: `{ANSWERS_FILE}`."]
+
+
+def unreadable(result: Mapping[str, Any]) -> bool:
+    """Whether the backbone is never right about what it was told, not even in context."""
+    return bool(result["belief"]["questions"]) and result["belief"]["told_in_context"]["value"] == 0.0
 
 
 def _belief(part: Mapping[str, Any]) -> Iterator[str]:
@@ -91,7 +102,7 @@ def _draw(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
         if "cosines" in result["geometry"]:
             cosines.hist(result["geometry"]["cosines"], bins=40, range=(-0.2, 1.0), color=COLORS["shine"])
         cosines.set(xlabel="cosine between the adapters of two contexts", ylabel="pairs", title="Do adapters differ?")
-        bars.set_title(f"{result['name']}: side effects")
+        bars.set_title(f"{result['name']}: side effects" + (" (cannot be read)" if unreadable(result) else ""))
         for axes in (bars, turns, cosines):
             axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

@@ -1,0 +1,182 @@
+"""What the benchmarks share: the machine's own limits, and two ways of doing one thing timed in turns.
+
+A figure of ours means little by itself. Beside it stand what the machine can do at the shapes at hand (`gemm_rate`,
+`copy_bandwidth`), and what is compared is run in turns (`alternate`), so that a busy neighbour or a warm processor changes both
+alike; what is reported is the ratio of each round, with its spread (`ratio_with_spread`)::
+
+    from machine import alternate, describe, gemm_rate, copy_bandwidth, linear_shapes, ratio_with_spread
+
+    print(describe(device))
+    print(f"{gemm_rate(linear_shapes(backbone, rows=16), dtype=torch.bfloat16, device=device) / 1e9:.0f} GFLOP/s")
+    seconds = alternate({"ours": ours, "theirs": theirs}, rounds=7)
+    print(f"{ratio_with_spread(seconds['theirs'], seconds['ours'])} times as fast")
+
+Run by itself it prints the limits of this machine at the shapes of a model: ``python benchmarks/machine.py backbone=qwen3-0.6b``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import Tensor
+from torch.nn import functional as F
+
+from shine.backbone import Backbone
+from shine.config import EvaluationConfig, parse
+from shine.zoo import load_backbone, without_progress_bars
+
+T = TypeVar("T")
+COPIED = 1 << 28
+"""Bytes of the tensor that `copy_bandwidth` copies, far more than a cache holds."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The median of the rounds' ratios, with the least and the largest of them."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f} in {self.rounds} rounds)"
+
+
+def configured(kind: type[T], door: str, overrides: Sequence[str]) -> T:
+    """What a door such as ``train`` or ``test`` would be given on this command line, so that a benchmark measures what is run."""
+    with initialize_config_dir(str(Path(__file__).resolve().parent.parent / "configs"), version_base="1.3"):
+        values: object = OmegaConf.to_container(compose(door, list(overrides)), resolve=True)
+    assert isinstance(values, dict)
+    return parse(kind, values)
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait until a GPU has done what it was given; nothing on a CPU."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe(device: torch.device | str) -> str:
+    """Processor or GPU, threads and torch, for the line above the figures."""
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{name} ({capability}), {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def linear_shapes(backbone: Backbone, *, rows: int) -> list[tuple[int, int, int]]:
+    """The products ``[rows, in] x [in, out]`` of every target linear of every layer, as (rows, in, out)."""
+    return [(rows, shape.in_features, shape.out_features) for shape in chain.from_iterable(backbone.linear_shapes)]
+
+
+def gemm_rate(
+    shapes: Sequence[tuple[int, int, int]], *, dtype: torch.dtype, device: torch.device | str, seconds: float = 2.0
+) -> float:
+    """Floating-point operations a second of these products and nothing else, in the best of as many passes as fit into ``seconds``.
+
+    Each product has a weight of its own, as in a model, so that with few rows it counts that weights come from memory.
+
+    Args:
+        shapes: (rows, in, out) of each product of a pass; a multiplication with its addition is two operations.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs = {(m, k): torch.randn(m, k, generator=generator).to(device, dtype) for m, k, _ in shapes}
+    weights = [torch.randn(n, k, generator=generator).to(device, dtype) for _, k, n in shapes]
+
+    def products() -> None:
+        for (m, k, _), weight in zip(shapes, weights, strict=True):
+            F.linear(inputs[m, k], weight)
+
+    operations = sum(2 * m * k * n for m, k, n in shapes)
+    with torch.inference_mode():
+        return operations / _best(products, device, seconds)
+
+
+def copy_bandwidth(device: torch.device | str, *, seconds: float = 1.0) -> float:
+    """Bytes read and written a second when a large tensor is copied, in the best of as many copies as fit into ``seconds``."""
+    source = torch.ones(COPIED, dtype=torch.uint8, device=device)
+    target: Tensor = torch.empty_like(source)
+    return 2 * COPIED / _best(lambda: target.copy_(source), device, seconds)
+
+
+def alternate(
+    runs: dict[str, Callable[[], object]], *, rounds: int, device: torch.device | str = "cpu", warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds that each run took in each round; the order turns round every time, so that none always comes after another.
+
+    Args:
+        runs: what is compared, by name.
+        warm_up: rounds that are run before and not timed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(-warm_up, rounds):
+        for name in runs if number % 2 == 0 else reversed(runs):
+            spent = _time(runs[name], device)
+            if number >= 0:
+                seconds[name].append(spent)
+    return seconds
+
+
+def ratio_with_spread(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
+    """How many times as large the first is as the second, round by round."""
+    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios), len(ratios))
+
+
+def _time(run: Callable[[], object], device: torch.device | str) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def _best(run: Callable[[], object], device: torch.device | str, seconds: float) -> float:
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < until:
+        times.append(_time(run, device))
+    return min(times)
+
+
+def show_limits(backbone: Backbone, *, rows: Sequence[int]) -> None:
+    """Print what this machine can do at the shapes of a model."""
+    device = backbone.device
+    print(f"{describe(device)}\ncopying: {copy_bandwidth(device) / 1e9:.1f} GB/s, read and written")
+    for count in rows:
+        shapes = linear_shapes(backbone, rows=count)
+        rates = [gemm_rate(shapes, dtype=dtype, device=device) / 1e9 for dtype in (torch.bfloat16, torch.float32)]
+        print(
+            f"linears of the model on {count:>4} tokens: {rates[0]:>8,.1f} GFLOP/s bfloat16, {rates[1]:>8,.1f} GFLOP/s float32",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Print the limits at the shapes of a backbone."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 256, 1024], help="tokens at once (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", help="as for test.py (default: its own SmolLM2)")
+    args = parser.parse_intermixed_args()
+    config = configured(EvaluationConfig, "test", args.overrides)
+    with without_progress_bars():
+        backbone, _ = load_backbone(config.backbone, targets=config.hypernetwork.targets)
+    show_limits(backbone, rows=args.rows)
+
+
+if __name__ == "__main__":
+    main()
