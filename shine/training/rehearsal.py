@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from shine.checkpoint import effective_config, find_checkpoint, read_info, read_weights
@@ -100,7 +101,9 @@ def _tiny_backbone(folder: Path) -> str:
         num_key_value_heads=4,
         head_dim=32,
     )
-    Qwen3ForCausalLM(shape).save_pretrained(folder)
+    # Not the model's own save_pretrained, which writes on one rank alone.
+    shape.save_pretrained(folder)
+    save_file(Qwen3ForCausalLM(shape).state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     for file in (ASSETS / "cpu-world" / "backbone").glob("tokenizer*"):
         shutil.copy(file, folder)
     return str(folder)
