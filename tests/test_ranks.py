@@ -212,7 +212,9 @@ def test_what_the_first_rank_refuses_all_refuse(tiny_backbone_folder: str, tmp_p
         ), error
 
 
-@pytest.mark.parametrize("where", ["look_into", "load_backbone", "build_samples", "Validation", "load_state", "Monitor"])
+@pytest.mark.parametrize(
+    "where", ["look_into", "effective_config", "load_backbone", "build_samples", "Validation", "load_state", "Monitor"]
+)
 def test_what_one_rank_refuses_all_refuse(where: Any, tiny_backbone_folder: str, tmp_path: Path) -> None:
     """Wherever rank 1 alone meets it while the run is set up: neither waits, and both end with the one message."""
     stage = stage_config(micro_batch_size=1, steps=2, save_every=1)

@@ -83,11 +83,12 @@ def _prepare(config: TrainConfig, ranks: Ranks, *, start: Start, request: StopRe
         look_into(config.data.validation, "data.validation")
     if start.directory is not None and not start.resumed:
         start = replace(start, directory=_on_each_machine(start.directory, config, ranks))
+    with ranks.together():
+        shape = effective_config(start.directory, config.hypernetwork)
     if ranks.first:
         sweep(Path(config.output).expanduser())
         for line in introduce(start.directory, config.hypernetwork) if start.directory and not start.resumed else ():
             print(line, flush=True)
-    shape = effective_config(start.directory, config.hypernetwork)
     checkpoint = str(start.directory) if start.directory and not start.resumed else config.checkpoint
     # What was asked for, before the shape of a checkpoint stands in for it: a resumed run is compared by that.
     asked = asdict(config.hypernetwork)
