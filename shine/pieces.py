@@ -104,7 +104,7 @@ def _make_fit(tokenizer: PreTrainedTokenizerBase, held: deque[tuple[str, int]], 
 
     The sum over its sentences can be off by how their ends melt together.
     """
-    returned = []
+    returned: list[tuple[str, int]] = []
     while len(held) > 1 and not _fits(tokenizer, _joined(held), limit):
         if len(returned) + 1 < fresh:
             returned.append(held.pop())

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,33 @@ def test_several_exports_go_side_by_side(notes: Path, adapter: Path, tmp_path: P
     assert "reduced to rank 2" in run("export", adapter, tmp_path / "other", "-o", tmp_path / "sum", "--join", "--max-rank", 2)
 
 
+def test_a_reduced_sum_says_where_it_comes_from(
+    notes: Path, adapter: Path, tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT.replace("Selkirk", "Arlow"))
+    run("encode", other, "-o", tmp_path / "other", *MODEL)
+    run("export", adapter, tmp_path / "other", "--join", "--max-rank", 2, "-o", tmp_path / "sum")
+    told = run("info", tmp_path / "sum")
+    assert "nobody recorded" not in told
+    assert told.count("rank          2 at strength 1, shared with the other contexts") == 2
+    assert all(name in told for name in ("notes.txt", "other.txt"))
+    joined = LoRA.concat([LoRA.load(adapter), LoRA.load(tmp_path / "other")])
+    reduced = joined.reduce(2)[0]
+    reduced.save(tmp_path / "kept")
+    with pytest.raises(ValueError, match="share its rank, since their sum was reduced: join them again"):
+        LoRA.load(tmp_path / "kept").spans()
+    assert len(joined.reduce(4)[0].spans()) == 2
+    tiny = Shine.from_pretrained("cpu-world", device="cpu")
+    tiny.check_fits(reduced)
+    foreign = tuple(
+        tuple(replace(span, backbone=replace(span.backbone, fingerprint="a-b-c", name="far/away")) for span in spans)
+        for spans in reduced.provenance
+    )
+    with pytest.raises(ValueError, match="made for backbone far/away"):
+        tiny.check_fits(replace(reduced, provenance=foreign))
+
+
 def test_the_store_from_the_command_line(notes: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     store = tmp_path / "store"
     assert run("store", "add", store, "notes", notes, *MODEL) == f"{store}/notes/1\n"
@@ -375,3 +403,5 @@ def test_an_installed_shine_runs_what_the_readme_says(tmp_path: Path) -> None:
         [python, "-c", "import shine; print(shine.__file__)"], env=environment, cwd=tmp_path, capture_output=True
     )
     assert str(tmp_path / "venv") in where.stdout.decode()
+    # So that a type checker believes the annotations.
+    assert (Path(where.stdout.decode().strip()).parent / "py.typed").is_file()

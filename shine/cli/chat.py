@@ -13,6 +13,7 @@ from shine.cli.models import (
     add_document_options,
     add_strength_option,
     encode_document,
+    finite,
     load_shine,
     positive,
     print_json,
@@ -144,7 +145,7 @@ class _Talk:
     def set_strength(self, text: str) -> str:
         """Make the adapter stronger or weaker; what to tell the user."""
         try:
-            self.strength = float(text)
+            self.strength = finite(text)
         except ValueError:
             return f"strength is {self.strength:g}; a number sets it, as in /strength 0.7"
         return f"strength {self.strength:g}"

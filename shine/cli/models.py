@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -54,7 +55,7 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
 
 def add_strength_option(parser: argparse.ArgumentParser) -> None:
     """``--strength``."""
-    parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="multiply the update (default: 1)")
+    parser.add_argument("--strength", type=finite, default=1.0, metavar="X", help="multiply the update (default: 1)")
 
 
 def add_format_options(parser: argparse.ArgumentParser, formats: Sequence[str]) -> None:
@@ -77,6 +78,22 @@ def positive(text: str) -> int:
     """A whole number from 1 on, for argparse."""
     number = int(text)
     if number < 1:
+        raise ValueError
+    return number
+
+
+def finite(text: str) -> float:
+    """A number that is neither infinite nor none, for argparse."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def seconds(text: str) -> float:
+    """A time that is longer than none, for argparse."""
+    number = finite(text)
+    if number <= 0:
         raise ValueError
     return number
 
@@ -157,9 +174,22 @@ def check_format_options(args: argparse.Namespace) -> None:
         raise ValueError("--base is for the Modelfile of --format gguf: leave it out, or give that format")
 
 
+def check_targets(folders: Iterable[Path], kind: str) -> None:
+    """Make sure that all of them can be written, before the first is: ``kind`` is a ``--format``, or ``merged``."""
+    from shine import adapter_files
+    from shine.export import gguf, peft
+    from shine.files import may_replace
+
+    names = {"shine": adapter_files.FILES, "peft": peft.FILES, "gguf": gguf.FILES, "merged": frozenset[str]()}[kind]
+    what = {"merged": "merged model", "peft": "PEFT adapter"}.get(kind, "adapter")
+    for folder in folders:
+        may_replace(folder, names=names, what=what)
+
+
 def write_format(lora: LoRA, folder: Path, args: argparse.Namespace, *, backbone: str, dtype: torch.dtype | None = None) -> None:
     """Write one adapter in the ``--format`` that was asked for."""
-    from shine.export.gguf import BASE, backbone_config, write_gguf
+    from shine.export.backbones import backbone_config
+    from shine.export.gguf import BASE, write_gguf
     from shine.export.peft import write_peft
 
     if args.format == "shine":
