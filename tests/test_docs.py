@@ -51,12 +51,13 @@ def test_the_sizes_of_adapters_follow_from_the_shapes() -> None:
             number, unit = shown.split()
             size = float(number) * {"kB": 1e3, "MB": 1e6}[unit]
             assert abs(size / (width * SUMS[name] * int(rank)) - 1) < 0.01
-        assert (how == "computed") == (tokens == seconds == peak == "—") == name.startswith("Qwen3")
+        assert (how == "computed") == (tokens == seconds == peak == "—")
+        assert how == "run" or name.startswith("Qwen3")
 
 
 def test_the_table_is_what_its_program_computes() -> None:
     text = (ROOT / "docs" / "adapters.md").read_text()
-    assert adapters.table([adapters.computed("Qwen3-0.6B", 8)]).splitlines()[-1] in text.splitlines()
+    assert adapters.table([adapters.computed("Qwen3-0.6B", 16)]).splitlines()[-1] in text.splitlines()
 
 
 @pytest.mark.parametrize(("page", "printed"), [("README.md", ""), ("docs/adapters.md", "Selkirk")])

@@ -129,6 +129,7 @@ def test_a_folder_is_checked_as_it_lies_there(
     told = refused("export", folder, "--check", engine)
     assert about in told
     assert str(folder) in told
+    assert re.search("load it with PEFT itself, or merge it|write (it again|one|it) with `shine export`", told)
 
 
 def test_what_peft_itself_wrote_passes(tmp_path: Path, shine: Shine) -> None:
@@ -347,7 +348,7 @@ def test_what_the_server_does_not_have_is_said(server: EngineServer, tmp_path: P
     assert "absent" in refused("serve-adapter", "ask", "absent", *at(server), "-q", QUESTION)
     assert "absent" in refused("serve-adapter", "unregister", "absent", *at(server))
     client = Server(server.address, engine=server.kind)
-    with pytest.raises(ValueError, match=f"it refuses.*{tmp_path}"):
+    with pytest.raises(ValueError, match=rf"it refuses.*{tmp_path}.*; see what it has with `shine serve-adapter list`"):
         client.register("notes", tmp_path / "absent")
 
 
