@@ -283,6 +283,13 @@ def test_the_store_from_the_command_line(notes: Path, tmp_path: Path, run: Calla
     run("store", "compose", store, "notes", "-o", tmp_path / "now")
     (turn,) = json.loads(run("chat", "--adapter", tmp_path / "now", "-q", "Where does Umar live?", "--json", *MODEL))
     assert turn["answer"] == "Arlow"
+    both = json.loads(run("store", "compose", store, "notes", "again", "-o", tmp_path / "both", "--strength", 0.5, "--json"))
+    assert both["rank"] == 4
+    assert [span["strength"] for span in both["contexts"]] == [0.5, 0.5]
+    half, now = LoRA.load(tmp_path / "both"), LoRA.load(tmp_path / "now")
+    assert half.inner(half) == pytest.approx(now.inner(now), rel=1e-4)
+    assert "(rank 2, 2 contexts" in run("store", "compose", store, "notes", "again", "-o", tmp_path / "less", "--max-rank", 2)
+    assert all(span.shared for span in LoRA.load(tmp_path / "less").provenance[0])
     assert run("store", "forget", store, "notes") == "forgot notes\n"
     assert "holds no adapter yet" in run("store", "list", tmp_path / "none")
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import adapters
+from benchmarks import adapters, sums
+from shine import Shine
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,3 +70,15 @@ def test_the_python_of_the_pages_runs(
     exec(compile(code, page, "exec"), {})
     assert capsys.readouterr().out.startswith(printed)
     assert len(list((tmp_path / "adapters").iterdir())) == 1
+
+
+def test_sums_are_scored_by_their_program() -> None:
+    """A slice of it: single contexts are known, sums of several are not, and the mean is better than the sum."""
+    shine = Shine.from_pretrained("cpu-world", device="cpu")
+    one, three = (sums.score(shine, contexts=6, joined=joined) for joined in (1, 3))
+    assert one.questions == three.questions > 20
+    assert one.sum == one.mean > 0.7 * one.questions
+    assert three.sum < three.mean < one.mean
+    first, _, *rows = sums.table([one, three]).splitlines()
+    assert first == "| contexts joined | 1 | 3 |"
+    assert rows == [f"| the sum | {one.sum} | {three.sum} |", f"| the mean (`strength` one over the number) | | {three.mean} |"]
