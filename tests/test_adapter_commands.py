@@ -188,7 +188,7 @@ def test_clozes_hold_out_a_word_that_comes_once() -> None:
         make_clozes("One fish. Two birds.")
 
 
-def test_check_scores_and_exits(tmp_path: Path, run: Callable[..., str]) -> None:
+def test_check_scores_and_exits(tmp_path: Path, run: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "world.txt"
     file.write_text(World(seed=3000, facts=(6, 6), people=(3, 3)).example(3).context)
     found = json.loads(run("check", file, "--json", *MODEL))
@@ -198,6 +198,11 @@ def test_check_scores_and_exits(tmp_path: Path, run: Callable[..., str]) -> None
     assert found["with_adapter"]["loss"] < found["without"]["loss"]
     assert "The adapter knows its text" in run("check", file, *MODEL)
     run("encode", file, "-o", tmp_path / "a", *MODEL)
+    other = tmp_path / "other.txt"
+    other.write_text(World(seed=3000, facts=(6, 6), people=(3, 3)).example(5).context)
+    for text, noted in ((file, False), (other, True)):
+        main(["check", str(text), "--adapter", str(tmp_path / "a"), *MODEL])
+        assert (f"{tmp_path / 'a'} was made from another text than {text}" in capsys.readouterr().err) is noted
     # As if without the adapter: nothing is helped, which chance explains well.
     assert "cannot be told from chance" in run("check", file, "--adapter", tmp_path / "a", "--strength", 0, *MODEL, code=1)
 
@@ -373,6 +378,21 @@ def test_a_conversation_in_a_terminal(notes: Path) -> None:
         terminal.expect(pexpect.EOF)
         terminal.close()
         assert terminal.exitstatus == 0
+
+
+def test_progress_is_shown_in_a_terminal(tmp_path: Path) -> None:
+    file = tmp_path / "long.txt"
+    file.write_text(" ".join(World(seed=8).example(index).context for index in range(16)))
+    command = ["-m", "shine.cli.main", "encode", str(file), "-o", str(tmp_path / "out"), *MODEL]
+    with pexpect.spawn(sys.executable, command, encoding="utf-8", timeout=60, dimensions=(30, 120)) as terminal:
+        terminal.expect(r"reading long\.txt: (\d+) of about (\d+) pieces")
+        done, total = map(int, terminal.match.groups())
+        terminal.expect(pexpect.EOF)
+        terminal.close()
+        assert terminal.exitstatus == 0
+    pieces = LoRA.load(tmp_path / "out").provenance[0][0].context.pieces
+    assert 0 < done <= pieces
+    assert pieces / 2 < total < 2 * pieces
 
 
 @pytest.mark.slow

@@ -156,6 +156,12 @@ def test_a_disk_that_fills_up_is_one_line(
     before = sorted(tmp_path.iterdir())
     assert "No space left on device; choose another place, or make room" in refused("export", adapter, "-o", tmp_path / "peft")
     assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensors_to_file", full)
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    for options in (["--format", "gguf"], ["--merge"]):
+        told = refused("export", adapter, *options, "-o", tmp_path / "out")
+        assert "No space left on device; choose another place, or make room" in told
+        assert sorted(tmp_path.iterdir()) == before
 
 
 def test_what_is_asked_in_vain_is_said(notes: Path, adapter: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
