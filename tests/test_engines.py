@@ -182,7 +182,8 @@ def test_from_a_text_to_an_answer_of_the_server(server: EngineServer, notes: Pat
     start = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\nbaker<|im_end|>\n<|im_start|>user\nWhere"
     assert body["prompt"].startswith(start)
     assert (body["temperature"], body["add_special_tokens"]) == (0.0, False)
-    run("serve-adapter", "unregister", name, *at(server))
+    gone = json.loads(run("serve-adapter", "unregister", name, *at(server), "--json"))
+    assert gone == {"name": name, "server": server.address, "registered": False}
     assert server.adapters == {}
     assert [model["name"] for model in json.loads(run("serve-adapter", "list", *at(server), "--json"))] == ["cpu-world"]
 

@@ -65,7 +65,7 @@ shine serve-adapter unregister notes-5f0c2a9e41 --engine vllm
         action.add_argument("name", metavar="NAME", help="under which it was registered")
     ask.add_argument("-q", "--question", action="append", required=True, metavar="Q", help="ask this; repeat it for further turns")
     ask.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (default: 256)")
-    for action in (ask, listing):
+    for action in (ask, listing, unregister):
         add_json_option(action)
 
 
@@ -208,4 +208,7 @@ def _ask(args: argparse.Namespace) -> None:
 def _unregister(args: argparse.Namespace) -> None:
     server = _connect(args)
     server.unregister(args.name)
-    print(f"{server.address} has {args.name} no more")
+    if args.json:
+        print_json({"name": args.name, "server": server.address, "registered": False})
+    else:
+        print(f"{server.address} has {args.name} no more")
