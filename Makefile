@@ -10,7 +10,7 @@ ENGINES = .venv/.engines
 RUN = .venv/bin/python
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo test test-all lint reproduce lock clean
+.PHONY: help setup demo test test-all lint bench reproduce lock clean
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ lint: $(READY) ## check style, format and types
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
+
+bench: $(READY) ## time ours against the published recipe, plain LoRA and a plain forward pass on SmolLM2-135M (under 15 minutes)
+	@for part in train_step encode generate evaluate; do $(RUN) benchmarks/$$part.py || exit 1; echo; done
 
 reproduce: $(READY) ## rebuild the CPU world from nothing (at most two hours on two cores)
 	@PYTHON=$(RUN) sh examples/cpu_world/reproduce.sh

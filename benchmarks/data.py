@@ -2,6 +2,7 @@
 
     python benchmarks/data.py --race data/race/all --squad data/squad
     python benchmarks/data.py --texts 1000000
+    python benchmarks/data.py --pretrain data/pretrain_text
 
 Every figure is of an index made anew, in a folder that is gone afterwards. Tokens are useful ones: padding is not counted.
 """
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from shine.config import BackboneConfig, HypernetworkConfig, SourceConfig, StageConfig, TaskTokens
 from shine.data.batching import SampleStream, collate
 from shine.data.build import build_samples
+from shine.data.samples import StageSamples
 from shine.data.worlds import World
 from shine.hypernetwork import Hypernetwork
 from shine.training.distributed import Ranks
@@ -32,6 +34,7 @@ from shine.training.step import training_step
 from shine.zoo import load_backbone, load_tokenizer, resolve
 
 TASKS = TaskTokens(reconstruct="<filename>", complete="<repo_name>", nothing="<empty_output>")
+STEPS = 20
 
 
 def main() -> None:
@@ -40,6 +43,7 @@ def main() -> None:
     parser.add_argument("--race", help="a folder of RACE")
     parser.add_argument("--squad", help="a folder of SQuAD")
     parser.add_argument("--texts", type=int, help="group so many invented texts of about 200 tokens")
+    parser.add_argument("--pretrain", help="a folder of texts, as `transmla` lays them out")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="shine-benchmark-") as folder:
         backbone = resolve("smollm2-135m")
@@ -47,6 +51,8 @@ def main() -> None:
         tokenizer = load_tokenizer(backbone)
         if args.texts:
             group(args.texts, tokenizer, Path(folder))
+        if args.pretrain:
+            stream_texts(args.pretrain, tokenizer)
         if args.race and args.squad:
             stream_and_train(args.race, args.squad, tokenizer, backbone)
 
@@ -76,6 +82,34 @@ def _texts(count: int) -> Iterator[str]:
     for number in range(count):
         size = 1 + number * 2654435761 % 5
         yield " ".join(stories[(number * 31 + 7 * part) % len(stories)] for part in range(size))[: 100 + number * 48271 % 1800]
+
+
+def stream_texts(folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pretraining batches of the published size: how fast one core makes them, and how long a step waits for the next one."""
+    stage = StageConfig("pretrain", 1141, 1150, learning_rate=1e-4, warmup_steps=0, batch_size=32, length_window=16)
+    sources = {"texts": SourceConfig("text", folder, limit=1000)}
+    samples = build_samples(sources, "sources", tokenizer, stage, task_tokens=TASKS, seed=0)
+    stream = SampleStream(samples, stage.batch_size, seed=0, window=stage.length_window)
+    tokens, started = 0, time.process_time()
+    for _ in range(STEPS):
+        tokens += collate(next(stream), pad_id=tokenizer.pad_token_id or 0).tokens
+    seconds = time.process_time() - started
+    print(f"pretraining, batches of {stage.batch_size}: {tokens / seconds:,.0f} tokens/s of one core, {seconds / STEPS:.2f} s each")
+    waits = [_waited(samples, stage, ahead=ahead) for ahead in (True, False)]
+    print(f"a step of 1 s on another device waits {waits[0]:.4f} s for its batch ({waits[1]:.4f} s were it not made ahead)")
+
+
+def _waited(samples: StageSamples, stage: StageConfig, *, ahead: bool) -> float:
+    """Mean seconds that a step of one second, which leaves the processor alone, waits for its batch."""
+    stream = SampleStream(samples, stage.batch_size, seed=0, window=stage.length_window, ahead=ahead)
+    next(stream)
+    waited = 0.0
+    for _ in range(STEPS):
+        time.sleep(1)
+        started = time.perf_counter()
+        next(stream)
+        waited += time.perf_counter() - started
+    return waited / STEPS
 
 
 def stream_and_train(race: str, squad: str, tokenizer: PreTrainedTokenizerBase, backbone_folder: str) -> None:

@@ -17,7 +17,9 @@ Run by itself it prints the limits of this machine at the shapes of a model: ``p
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -111,6 +113,31 @@ def copy_bandwidth(device: torch.device | str, *, seconds: float = 1.0) -> float
     source = torch.ones(COPIED, dtype=torch.uint8, device=device)
     target: Tensor = torch.empty_like(source)
     return 2 * COPIED / _best(lambda: target.copy_(source), device, seconds)
+
+
+def peak_memory(run: Callable[[], object], device: torch.device | str) -> int:
+    """Bytes held at most during one run: of the GPU by tensors, on a CPU by the whole process (Linux only; zero elsewhere)."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device)
+    held = Path("/proc/self/statm")
+    if not held.exists():
+        return 0
+    page, seen, done = resource.getpagesize(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            seen[0] = max(seen[0], int(held.read_text().split()[1]) * page)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        run()
+    finally:
+        done.set()
+        watcher.join()
+    return seen[0]
 
 
 def alternate(

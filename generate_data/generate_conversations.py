@@ -34,7 +34,8 @@ def main() -> int:
         read, written = ahead.usage.prompt_tokens, ahead.usage.completion_tokens
         print(
             f"{ahead.contexts:,} contexts to write about, {ahead.checks:,} checks of earlier pairs: "
-            f"about {read:,} tokens read, {written:,} written, cost {cost:.2f}"
+            f"about {read:,} tokens read, {written:,} written, "
+            f"cost {cost:.2f} at the prices given for {config.remote.model}"
         )
         if not args.yes and not agreed():
             print("nothing was asked")

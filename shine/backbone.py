@@ -25,17 +25,59 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 
 from shine.lora import LinearShape, LoRA
+from shine.prompt_cache import PromptCache
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears that a Llama-like layer gives the same tensor; where one does not, they are computed apart."""
 
 
 class _Wearing(threading.local):
-    """What this thread wears: ``pass_lora`` from now on, ``layer_lora`` inside a layer's call; ``tap`` collects states."""
+    """What this thread wears: ``pass_lora`` from now on, ``layer`` inside a layer's call; ``tap`` collects states."""
 
     pass_lora: LoRA | None = None
-    layer_lora: LoRA | None = None
+    layer: _LayerLoRA | None = None
     tap: list[Tensor] | None = None
     tap_tokens: int = 0
+
+
+class _LayerLoRA:
+    """What one decoder layer wears during one call.
+
+    Linears with the same input (query, key and value; gate and up) have their ``A`` side by side in one product: one reading of
+    the input, and in the backward pass one gradient to add instead of three.
+    """
+
+    def __init__(self, lora: LoRA) -> None:
+        self._lora = lora
+        self._input: Tensor | None = None
+        self._projected: dict[str, Tensor] = {}
+
+    def add(self, path: str, group: tuple[str, ...], x: Tensor, output: Tensor) -> Tensor:
+        """``output + (x A) B`` for the linear at ``path``, in place where autograd allows it; ``group`` shares ``x``."""
+        b = self._lora[path][1].to(output.dtype)
+        projected = self._project(path, group, x)
+        if b.shape[0] == 1:
+            return output.view(-1, output.shape[-1]).addmm_(projected.flatten(0, -2), b.squeeze(0)).view_as(output)
+        rows = output.view(b.shape[0], -1, output.shape[-1])
+        return rows.baddbmm_(projected, b).view_as(output)
+
+    def _project(self, path: str, group: tuple[str, ...], x: Tensor) -> Tensor:
+        """``x A`` of the linear at ``path``: ``[tokens, r]`` under one adapter for all, else ``[adapters, tokens, r]``."""
+        if self._input is not x or path not in self._projected:
+            pairs = [self._lora[name][0].to(x.dtype) for name in group]
+            a = torch.cat(pairs, dim=2) if len(pairs) > 1 else pairs[0]
+            if a.shape[0] == 1:
+                together = x.flatten(0, -2) @ a.squeeze(0)
+            else:
+                if x.shape[0] % a.shape[0]:
+                    raise ValueError(
+                        f"a batch of {x.shape[0]} cannot wear {a.shape[0]} adapters: give one per sample, or a multiple of them"
+                    )
+                together = x.reshape(a.shape[0], -1, x.shape[-1]) @ a
+            self._input = x
+            self._projected = dict(zip(group, together.split([pair.shape[2] for pair in pairs], dim=-1), strict=True))
+        return self._projected[path]
 
 
 class Backbone:
@@ -57,13 +99,14 @@ class Backbone:
         # What a checkpoint suggests (sampling, repetition penalties) would make greedy answers something else.
         model.generation_config = GenerationConfig()
         self.activation_checkpointing = activation_checkpointing
+        self._targets = tuple(targets)
         self._wearing = _Wearing()
         if not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
             raise ValueError(
                 f"{type(model).__name__} keeps its decoder layers elsewhere than in .layers: SHINE needs a Llama-like model"
             )
         self.layers = cast(nn.ModuleList, model.base_model.layers)
-        self.linear_shapes = self._hook_linears(tuple(targets))
+        self.linear_shapes = self._hook_linears(self._targets)
         self._check_logits()
         for layer in self.layers:
             layer.forward = functools.partial(self._layer_forward, layer.forward)
@@ -162,12 +205,16 @@ class Backbone:
         stop_ids: Sequence[int] | None,
         pad_id: int,
         beams: int = 1,
+        cache: PromptCache | None = None,
         **options: Any,
     ) -> Tensor:
         """New tokens ``[B, <= max_new_tokens]``: greedy, or the best of ``beams``; sample ``i`` wears adapter ``i`` of ``lora``.
 
+        ``cache`` keeps a conversation (batch one) for its next turn: prompts that go on from it are computed from there.
         ``options`` go to transformers' ``generate`` unchanged (a streamer, sampling, ...).
         """
+        if cache is not None:
+            options["past_key_values"] = cache.take(input_ids, self.model.config)
         with self.wearing(lora):
             tokens = self.model.generate(
                 input_ids=input_ids,
@@ -178,7 +225,37 @@ class Backbone:
                 pad_token_id=pad_id,
                 **options,
             )
+        if cache is not None:
+            cache.keep(tokens)
         return tokens[:, input_ids.shape[1] :]
+
+    @torch.no_grad()
+    def merged(self, lora: LoRA) -> Backbone:
+        """A second backbone with ``lora`` inside its weights, for many questions about one context.
+
+        It holds its own weights of the linears that ``lora`` touches and shares all others. The sum of weight and update is rounded
+        to the backbone's dtype, so in bfloat16 answers are not to the last bit those of wearing it.
+
+        Raises:
+            ValueError: ``lora`` holds more than one adapter, or the weights are quantised.
+        """
+        if lora.batch != 1:
+            raise ValueError(f"these are {lora.batch} adapters: merge one of them, lora.select([i])")
+        state = self.model.state_dict()
+        for path, (a, b) in lora.items():
+            weight = state[f"{path}.weight"]
+            if not weight.is_floating_point():
+                raise ValueError(f"{path} is quantised: wear the adapter instead of merging it")
+            update = (a[0].to(weight.device, torch.float32) @ b[0].to(weight.device, torch.float32)).mT
+            state[f"{path}.weight"] = (weight + update).to(weight.dtype)
+        with torch.device("meta"):
+            twin = type(self.model)(self.model.config)
+        twin.load_state_dict(state, assign=True)
+        twin.tie_weights()
+        for name, buffer in self.model.named_buffers():
+            owner, _, last = name.rpartition(".")
+            setattr(twin.get_submodule(owner), last, buffer)
+        return Backbone(twin, targets=self._targets)
 
     @torch.no_grad()
     def _check_logits(self) -> None:
@@ -212,7 +289,9 @@ class Backbone:
                     "(experts?): SHINE needs one of each; set hypernetwork.targets to others"
                 )
             for name in targets:
-                linears[name].register_forward_hook(functools.partial(self._add_update, prefixes[id(linears[name])]))
+                together = next((names for names in SAME_INPUT if name in names), (name,))
+                group = tuple(prefixes[id(linears[other])] for other in together if other in targets)
+                linears[name].register_forward_hook(functools.partial(self._add_update, prefixes[id(linears[name])], group))
             shapes.append(
                 tuple(LinearShape(prefixes[id(linears[n])], linears[n].in_features, linears[n].out_features) for n in targets)
             )
@@ -222,12 +301,12 @@ class Backbone:
         lora = self._wearing.pass_lora
 
         def run(hidden: Tensor) -> Tensor:
-            before = self._wearing.layer_lora
-            self._wearing.layer_lora = lora
+            before = self._wearing.layer
+            self._wearing.layer = None if lora is None else _LayerLoRA(lora)
             try:
                 return forward(hidden, *args, **kwargs)
             finally:
-                self._wearing.layer_lora = before
+                self._wearing.layer = before
 
         if self.activation_checkpointing and torch.is_grad_enabled():
             output = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
@@ -238,16 +317,8 @@ class Backbone:
             self._wearing.tap.append(output[:, -self._wearing.tap_tokens :].clone())
         return output
 
-    def _add_update(self, path: str, _linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        lora = self._wearing.layer_lora
-        if lora is None:
-            return None
-        a, b = (weight.to(output.dtype) for weight in lora[path])
-        if a.shape[0] == 1:
-            x = args[0].flatten(0, -2)
-            return torch.addmm(output.flatten(0, -2), x @ a[0], b[0]).view_as(output)
-        samples = args[0].shape[0]
-        if samples % a.shape[0]:
-            raise ValueError(f"a batch of {samples} cannot wear {a.shape[0]} adapters: give one per sample, or a multiple of them")
-        x = args[0].reshape(a.shape[0], -1, args[0].shape[-1])
-        return torch.baddbmm(output.reshape(a.shape[0], -1, output.shape[-1]), x @ a, b).view_as(output)
+    def _add_update(
+        self, path: str, group: tuple[str, ...], _linear: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor | None:
+        worn = self._wearing.layer
+        return None if worn is None else worn.add(path, group, args[0], output)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shine.attention import mix
+
 
 class M2PLayer(nn.Module):
     """A post-norm transformer layer whose attention runs over one axis of the memory states ``[B, L, M, H]``.
@@ -39,7 +41,7 @@ class M2PLayer(nn.Module):
         batch, other, length, hidden = states.shape
         qkv = self.qkv(states).view(batch * other, length, 3, self.heads, hidden // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = mix(query, key, value)
         mixed = self.out(mixed.transpose(1, 2).reshape(batch, other, length, hidden))
         return mixed.transpose(1, 2) if self.across_layers else mixed
 

@@ -30,6 +30,7 @@ from shine.fingerprint import Fingerprint, fingerprint, hypernetwork_fingerprint
 from shine.hub import HubId, download
 from shine.hypernetwork import Hypernetwork
 from shine.lora import LoRA
+from shine.prompt_cache import PromptCache
 from shine.provenance import ContextRecord, ModelRecord, Provenance, sha256
 from shine.reading import Reader
 from shine.zoo import ASSETS, load_backbone, looks_like_hub_id, without_progress_bars
@@ -173,6 +174,7 @@ class Shine:
         question: str,
         *,
         history: Conversation = NOTHING_SAID,
+        kept: PromptCache | None = None,
         max_new_tokens: int = 256,
         **options: Any,
     ) -> str:
@@ -181,13 +183,14 @@ class Shine:
         Args:
             lora: one adapter (batch one); ``None`` asks the backbone as it is.
             history: the conversation so far.
+            kept: what its earlier turns have computed, kept for this one and the next; see `shine.prompt_cache.PromptCache`.
             options: for transformers' ``generate``, such as ``do_sample=True, temperature=0.7``; greedy without any.
 
         Raises:
             ValueError: the adapter belongs to another backbone, or is several.
         """
-        worn, prompt = self._ready(lora, history, question)
-        tokens = self._generate(worn, prompt, max_new_tokens, options)[0].tolist()
+        worn, prompt = self._ready(lora, history, question, kept)
+        tokens = self._generate(worn, prompt, max_new_tokens, {**options, "cache": kept})[0].tolist()
         stops = stop_ids(self.tokenizer)
         end = next((index for index, token in enumerate(tokens) if token in stops), len(tokens))
         return clean_answer(str(self.tokenizer.decode(tokens[:end], skip_special_tokens=True)))
@@ -198,6 +201,7 @@ class Shine:
         question: str,
         *,
         history: Conversation = NOTHING_SAID,
+        kept: PromptCache | None = None,
         max_new_tokens: int = 256,
         **options: Any,
     ) -> Iterator[str]:
@@ -205,8 +209,8 @@ class Shine:
 
         Joined and stripped of white space the pieces are the answer of `chat`, where the model writes no think block.
         """
-        worn, prompt = self._ready(lora, history, question)
-        return self._pieces(worn, prompt, max_new_tokens, options)
+        worn, prompt = self._ready(lora, history, question, kept)
+        return self._pieces(worn, prompt, max_new_tokens, {**options, "cache": kept})
 
     def check_fits(self, lora: LoRA) -> None:
         """Make sure that this backbone can wear ``lora``.
@@ -258,8 +262,12 @@ class Shine:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return Provenance(context, rank, self.hypernetwork_record, self.backbone_record, versions, now, kept=kept)
 
-    def _ready(self, lora: LoRA | None, history: Conversation, question: str) -> tuple[LoRA | None, torch.Tensor]:
+    def _ready(
+        self, lora: LoRA | None, history: Conversation, question: str, kept: PromptCache | None
+    ) -> tuple[LoRA | None, torch.Tensor]:
         """What to wear, on the backbone's device and in its type, and the prompt ``[1, T]``."""
+        if kept is not None:
+            kept.wear(lora)
         if lora is not None:
             if lora.batch != 1:
                 raise ValueError(f"these are {lora.batch} adapters: chat with one of them, lora.select([i]), or with their sum")

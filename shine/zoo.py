@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from shine import attention
 from shine.backbone import Backbone
 from shine.chat import END_OF_TEXT, prepare_tokenizer
 from shine.config import BackboneConfig
@@ -305,13 +306,20 @@ def load_backbone(config: BackboneConfig, *, targets: Sequence[str]) -> tuple[Ba
     device = find_device(config.device)
     path = resolve(config.path)
     try:
-        model = load_model(path, dtype=getattr(torch, config.dtype), attn_implementation=config.attention)
+        model = load_model(path, dtype=getattr(torch, config.dtype), attn_implementation=_attention(config.attention, device))
         tokenizer = load_tokenizer(path)
     except Exception as error:  # safetensors, tokenizers and transformers raise anything, bare Exception included
         raise ValueError(f"cannot load backbone {config.path}: {_first_line(error)}; {_load_remedy(config, path)}") from error
     backbone = Backbone(model.to(device), targets=targets, activation_checkpointing=config.activation_checkpointing)
     prepare_tokenizer(tokenizer, config.task_tokens, embedding_rows=backbone.vocabulary_size)
     return backbone, tokenizer
+
+
+def _attention(name: str, device: torch.device) -> str:
+    attention.register()
+    if name != "auto":
+        return name
+    return attention.NAME if device.type == "cpu" else "sdpa"
 
 
 def variant_name(path: str, backbone: Backbone) -> str | None:
@@ -364,8 +372,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def _load_remedy(config: BackboneConfig, path: str) -> str:
-    if config.attention != "sdpa":
-        return f"install what attention {config.attention!r} needs, or set backbone.attention=sdpa"
+    if config.attention not in ("auto", "sdpa"):
+        return f"install what attention {config.attention!r} needs, or set backbone.attention=auto"
     if config.path in FETCHED:
         remedy = f"delete {path} and run `shine fetch {config.path}`"
     elif config.path in SHIPPED:

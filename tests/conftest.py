@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -24,6 +26,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from shine import attention
 from shine.backbone import Backbone
 from shine.cli.main import main
 from shine.config import HypernetworkConfig, M2PConfig
@@ -56,8 +59,11 @@ def tiny_model(kind: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = torch
         "bos_token_id": None,
         "eos_token_id": 2,
         "pad_token_id": 0,
+        # What `load_backbone` takes on a CPU.
+        "attn_implementation": attention.NAME,
         **extra,
     }
+    attention.register()
     torch.manual_seed(seed)
     model = model_class(config_class(**values))
     for name, parameter in model.named_parameters():
@@ -90,6 +96,18 @@ def tiny_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=list(special[1:])
     )
+
+
+def counted_flops(run: Callable[[], object]) -> int:
+    """What PyTorch counts in the matrix products of ``run``, those in place included, which it leaves out by itself."""
+
+    def product(_sum: Sequence[int], a: Sequence[int], b: Sequence[int], **_: Any) -> int:
+        return 2 * math.prod(a) * b[-1]
+
+    mapping = {torch.ops.aten.addmm_: product, torch.ops.aten.baddbmm_: product}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        run()
+    return int(counter.get_total_flops())
 
 
 @pytest.fixture

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import platform
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 import transformers
 from conftest import tiny_hypernetwork_config, tiny_tokenizer
@@ -55,6 +59,15 @@ def stage_samples(name: str, count: int) -> list[Sample]:
     samples = samples_of(read_source(WORLDS), tiny_tokenizer(), config, task_tokens=BackboneConfig(path="x").task_tokens, seed=0)
     found = [samples.sample(index, epoch=0) for index in range(count)]
     return [sample for sample in found if sample is not None]
+
+
+def run_script(name: str, *arguments: str | Path) -> int:
+    """The exit code of a script of ``generate_data/``, run in this process, where the large libraries are already loaded."""
+    script = Path(__file__).resolve().parent.parent / "generate_data" / name
+    with mock.patch.object(sys, "argv", [str(script), *map(str, arguments)]), pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
 
 
 def losses_of(output: Path) -> list[float]:

@@ -121,6 +121,55 @@ def test_in_a_batch_k_times_the_loras_every_k_neighbours_share_an_adapter() -> N
         torch.testing.assert_close(logits[sample], wanted, **EXACT)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_linears_that_are_not_given_the_same_tensor_are_projected_apart(batch: int) -> None:
+    """Query, key and value usually share their input, and with it one product; a layer that gives each its own is no exception."""
+    plain, backbone = pair()
+    lora = random_lora(backbone.linear_shapes, batch=batch)
+    ids = torch.tensor(random_rows(7, 7))
+    expected = backbone_logits(backbone, ids, None, lora)
+    for model in (plain, backbone.model):
+        for layer in model.base_model.layers:
+            # Another tensor, and for the keys another value.
+            layer.self_attn.v_proj.register_forward_pre_hook(lambda _module, args: (args[0].clone(),))
+    assert torch.equal(backbone_logits(backbone, ids, None, lora), expected)
+    for model in (plain, backbone.model):
+        for layer in model.base_model.layers:
+            layer.self_attn.k_proj.register_forward_pre_hook(lambda _module, args: (args[0] * 0.5,))
+    found = backbone_logits(backbone, ids, None, lora)
+    for sample in range(2):
+        alone = merged(plain, lora, sample % batch)(input_ids=ids[sample : sample + 1]).logits[0]
+        torch.testing.assert_close(found[sample], alone, **EXACT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_merged_backbone_is_one_that_wears_the_adapter(kind: str) -> None:
+    plain, backbone = pair(kind)
+    lora = random_lora(backbone.linear_shapes, batch=1)
+    ids, mask = pad_left(random_rows(9, 5), value=PAD)
+    twin = backbone.merged(lora)
+    torch.testing.assert_close(
+        backbone_logits(twin, ids, mask, None), backbone_logits(backbone, ids, mask, lora), rtol=1e-6, atol=1e-6
+    )
+    assert torch.equal(backbone_logits(backbone, ids, mask, None), backbone_logits(Backbone(plain), ids, mask, None))
+    # What the adapter does not touch is held once.
+    touched = {f"{path}.weight" for path in lora}
+    ours, theirs = dict(twin.model.named_parameters()), dict(backbone.model.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert {name for name in ours if ours[name].data_ptr() != theirs[name].data_ptr()} == touched
+    options = {"lora": None, "max_new_tokens": 5, "stop_ids": None, "pad_id": PAD}
+    worn = backbone.generate(ids, mask, **{**options, "lora": lora})
+    assert torch.equal(twin.generate(ids, mask, **options), worn)
+
+
+def test_several_adapters_are_not_merged() -> None:
+    _, backbone = pair()
+    with pytest.raises(ValueError, match=r"these are 2 adapters: merge one of them, lora.select\(\[i\]\)"):
+        backbone.merged(random_lora(backbone.linear_shapes, batch=2))
+
+
 @pytest.mark.parametrize(("samples", "adapters"), [(3, 2), (2, 3), (1, 2), (5, 4)])
 @torch.no_grad()
 def test_a_batch_that_is_no_multiple_of_the_loras_is_refused(samples: int, adapters: int) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
+import io
+import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from shine.config import SourceConfig
+from shine.data.examples import Turn
 from shine.data.sources import READERS, read_source
+from shine.data.sources.json_lists import list_items
 from shine.data.tally import Tally
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -103,6 +108,27 @@ NO_LETTER: list[tuple[str, dict[str, Any], str]] = [
     ("newsqa", {"key": 5}, "key is 5, not a text"),
     ("duorc", {"no_answer": "no"}, "no_answer is 'no', not true or false"),
     ("duorc", {"answers": [""]}, "answers is"),
+    ("msmarco", {"passages": {"passage_text": ["p"], "is_selected": 5}}, "is_selected is 5, not 0 or 1 for each of 1 passages"),
+    ("msmarco", {"passages": {"passage_text": ["p", "r"], "is_selected": [1]}}, "is_selected is .1., not 0 or 1 for each of 2"),
+    ("msmarco", {"answers": [7, None, {"a": 1}]}, "answers is .7, None.*not a list of texts"),
+    ("hotpotqa", {"context": {"title": ["t", "u"], "sentences": [["s"]]}}, "context has 2 titles, 1 lists of sentences"),
+    ("2wiki", {"context": {"title": ["t"], "content": [["s"], ["r"]]}}, "context has 1 titles, 2 lists of sentences"),
+    ("2wiki", {"context": "5"}, "context is 5, not titles with their sentences"),
+    ("2wiki", {"context": "[" * 5000 + "]" * 5000}, "context is not JSON .*recursion"),
+    ("2wiki", {"context": '[["t", ["\\ud800"]]]'}, "context is not JSON .*surrogates not allowed"),
+    ("drop", {"answers_spans": {"spans": ["a"], "types": {"k": 1}}}, "types is .*not a list of texts"),
+    ("drop", {"answers_spans": {"spans": ["a"], "types": 5}}, "types is 5, not a list of texts"),
+    ("musique", {"answerable": "false"}, "answerable is 'false', not true or false"),
+    ("musique", {"paragraphs": [{"title": 5.5, "paragraph_text": "p"}]}, "title is 5.5, not a text"),
+    ("quail", {"correct_answer_id": True}, "correct_answer_id is True, not a whole number"),
+    ("quail", {"correct_answer_id": "1"}, "correct_answer_id is '1', not a whole number"),
+    ("msmarco", {"query_id": [1]}, "query_id is .1., not a text or a whole number"),
+    ("drop", {"question": "  "}, "question is '  ', not a text that is not empty"),
+    ("quail", {"question": " "}, "question is ' ', not a text that is not empty"),
+    ("pwc", {"prompt": " "}, "prompt is ' ', not a text that is not empty"),
+    ("newsqa", {"question": ""}, "question is '', not a text that is not empty"),
+    ("narrativeqa", {"question": {"text": " "}}, "needs a text in document.summary.text and in question.text"),
+    ("duorc", {"question": "\n"}, "question is .*not a text that is not empty"),
 ]
 
 
@@ -123,6 +149,92 @@ def test_a_bad_row_is_named_or_counted(tmp_path: Path, kind: str, changes: dict[
     assert tally.skipped == {"malformed": 1}
     assert f"{file}:2" in tally.first_skipped["malformed"]
     assert found == list(read_source(SourceConfig(kind, str(without_line_2(file)))))
+
+
+def replaced(value: Any, new: Any) -> Iterator[Any]:
+    """``value`` with each of the values in it, however deep, replaced in turn."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, old in inner:
+        for changed in (new, *replaced(old, new)):
+            whole = copy.copy(value)
+            whole[key] = changed
+            yield whole
+
+
+@pytest.mark.parametrize("new", [5, None, "", [], {}, True, [[5]], {"k": 1}], ids=repr)
+@pytest.mark.parametrize("kind", GOOD)
+def test_whatever_stands_in_place_of_any_value_the_row_is_refused_with_its_place_or_read_as_what_it_is(
+    tmp_path: Path, kind: str, new: Any
+) -> None:
+    for number, row in enumerate(replaced(GOOD[kind], new)):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text(json.dumps(row) + "\n")
+        tally = Tally()
+        found = list(read_source(SourceConfig(kind, str(file), malformed="skip"), tally=tally))
+        if tally.skipped:
+            assert (found, tally.skipped) == ([], {"malformed": 1})
+            with pytest.raises(ValueError, match=f"^{re.escape(str(file))}:1"):
+                list(read_source(SourceConfig(kind, str(file))))
+        for example in found:
+            said = [text for turn in example.turns for text in (turn.question, *turn.answers)]
+            assert all(text.strip() for text in said)
+            # Nothing that was no text has become one; only a number may be a name.
+            names = [example.id] if new != 5 else []
+            assert new == "" or not {str(new), repr(new)} & {example.context, *names, *said}
+
+
+def test_an_item_of_any_depth_is_refused_or_counted(tmp_path: Path) -> None:
+    file = tmp_path / "f.json"
+    file.write_bytes(b"[" + ROW + b"," + b"[" * 3000 + b"]" * 3000 + b"," + ROW + b"]")
+    with pytest.raises(ValueError, match=r"f.json, item 2: .*RecursionError"):
+        list(read_source(SourceConfig("conversations", str(file))))
+    tally = Tally()
+    assert len(list(read_source(SourceConfig("conversations", str(file), malformed="skip"), tally=tally))) == 2
+    assert tally.skipped == {"malformed": 1}
+
+
+TEXTS = [
+    rb"q",
+    b"caf\xc3\xa9 \xf0\x9f\x98\x80",
+    rb"\ud83d\ude00 \\ud800 \" \\\\",
+    rb"\u00e9\ud83d\udE00\ud83d\ude00",
+    rb"\\\ud83d\ude00",
+]
+NO_TEXTS = [b"\xe9", b"\xf0\x9f\x98", rb"\ud800", rb"\uDE00\ud83d", rb"\ud83d\ud83d\ude00", rb"\\\ud83dx", rb"\ud83d\n"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 64, 65536])
+def test_a_list_gives_the_items_that_lines_would_however_it_is_cut_into_pieces(size: int) -> None:
+    """Each text as the standard library reads it; what that refuses, or takes for half a character, is refused here."""
+    texts = [text for pair in itertools.zip_longest(TEXTS * 2, NO_TEXTS, fillvalue=b"deadbeef") for text in pair]
+
+    class Pieces(io.BytesIO):
+        def read(self, _: int | None = -1) -> bytes:
+            return super().read(size)
+
+    found = list(list_items(Pieces(b"[" + b",".join(b'{"%s": ["%s"]}' % (text, text) for text in texts) + b"]")))
+    assert len(found) == len(texts)
+    for item, text in zip(found, texts, strict=True):
+        try:
+            said = json.loads(b'"' + text + b'"')
+            said.encode("utf-8")
+        except ValueError:
+            assert isinstance(item, ValueError)
+            assert text in NO_TEXTS
+        else:
+            assert item == {said: [said]}
+
+
+@pytest.mark.parametrize("bad", [b'"caf\xe9"', rb'"\ud800"'])
+def test_items_that_are_no_text_are_counted_and_the_others_read(tmp_path: Path, bad: bytes) -> None:
+    file = tmp_path / "f.json"
+    file.write_bytes(b"[" + b",\n".join([ROW, ROW.replace(b'"q"', bad), ROW, ROW.replace(b'"a"', bad), ROW] * 400) + b"]")
+    tally = Tally()
+    found = list(read_source(SourceConfig("conversations", str(file), malformed="skip"), tally=tally))
+    assert len(found) == 1200
+    assert {example.turns for example in found} == {(Turn("q", ("a",)),)}
+    assert tally.skipped == {"malformed": 800}
+    assert f"{file}, item 2: not" in tally.first_skipped["malformed"]
 
 
 def without_line_2(file: Path) -> Path:
@@ -149,7 +261,10 @@ FILES: list[tuple[str, bytes, str]] = [
     ("f.jsonl", lines(ROW, ROW[:-1] + b', "n": ' + b"1" * 5000 + b"}"), "f.jsonl:2: not JSON .*integer string"),
     ("f.json", b"[" + ROW + b"," + ROW[:-5], "f.json: damaged after item 1"),
     ("f.json", b"[" + ROW + b" " + ROW + b"]", "f.json: damaged after item 1"),
-    ("f.json", b"[" + ROW + b',"caf\xe9"]', "f.json: damaged after item 1"),
+    ("f.json", b"[" + ROW + b',"caf\xe9"]', "f.json, item 2: not UTF-8; save the file as UTF-8"),
+    ("f.json", b"[" + ROW + b"," + ROW.replace(b'"q"', b'"\\ud800"') + b"]", "f.json, item 2: not JSON .*surrogates not allowed"),
+    ("f.json", b"[" + ROW + b",\xe9]", r"f.json: damaged after item 1 \(lexical error: invalid char in json text\)"),
+    ("f.json", b"[" + ROW + b",]", r"f.json: damaged after item 1 \(parse error: [a-zA-Z ]+\)"),
     ("f.json", b"[" + ROW + b",5]", "f.json, item 2: 5 is not a JSON object"),
     ("f.jsonl.gz", gzip.compress(lines(ROW) * 5000)[:-200], "f.jsonl.gz: damaged after line [1-9]"),
     ("f.jsonl.gz", b"no gzip at all", "f.jsonl.gz: damaged after its beginning"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from test_samples import SENTENCES, TOKENIZER, example, pretrain, stage
 
 from shine.data.batching import SampleStream, collate, pad_left
-from shine.data.samples import AnswerSamples, Sample
+from shine.data.samples import AnswerSamples, Sample, StageSamples
 from shine.data.tally import Tally
 
 
@@ -68,6 +70,70 @@ def test_a_streams_state_can_be_set_on_a_stream_that_has_already_run() -> None:
     next(other)
     other.epoch, other.offset = stream.epoch, stream.offset
     assert next(other) == next(stream)
+
+
+@pytest.mark.parametrize("kind", ["answers", "pretrain"])
+def test_a_stream_that_draws_ahead_hands_out_the_same_batches_states_and_counts(kind: str) -> None:
+    def make() -> StageSamples:
+        if kind == "pretrain":
+            return pretrain(SENTENCES[:12], context=60, conversation=150)
+        examples = [example(str(n), "c" * (90 + 5 * n), ("q", "a" * 20)) for n in range(7)]
+        return AnswerSamples.build(examples, TOKENIZER, stage("mqa", context=100, conversation=60))
+
+    stream, ahead = SampleStream(make(), 3, seed=11, window=2), SampleStream(make(), 3, seed=11, window=2, ahead=True)
+    states, counts = [], []
+    for _ in range(9):
+        assert next(stream) == next(ahead)
+        assert (stream.epoch, stream.offset) == (ahead.epoch, ahead.offset)
+        assert stream.samples.tally == ahead.samples.tally
+        states.append((ahead.epoch, ahead.offset))
+        counts.append(ahead.samples.tally.samples)
+    assert counts == [3 * (n + 1) for n in range(9)]
+    # Set back to any state, what was drawn ahead is not mistaken for what comes there.
+    whole = SampleStream(make(), 3, seed=11, window=2)
+    batches = [next(whole) for _ in range(9)]
+    for step in (6, 2, 3, 0, 7):
+        ahead.epoch, ahead.offset = states[step]
+        assert next(ahead) == batches[step + 1]
+
+
+class Watched:
+    """Samples that tell of each of them that was made."""
+
+    fingerprint = ""
+
+    def __init__(self, *, broken: int | None = None) -> None:
+        self.lengths, self.tally, self.broken = np.full(64, 9), Tally(), broken
+        self.made: queue.Queue[tuple[int, str]] = queue.Queue()
+
+    def __len__(self) -> int:
+        return 64
+
+    def sample(self, index: int, *, epoch: int) -> Sample:
+        if self.made.qsize() == self.broken:
+            raise ValueError("texts.arrow: damaged")
+        self.made.put((index, threading.current_thread().name))
+        return Sample(str(index), [1], [], [])
+
+
+def test_the_next_batch_is_made_while_this_one_is_used() -> None:
+    samples = Watched()
+    stream = SampleStream(samples, 4, seed=0, ahead=True)
+    first = next(stream)
+    made = [samples.made.get(timeout=10) for _ in range(8)]
+    assert [str(index) for index, _ in made[:4]] == [sample.id for sample in first]
+    assert {thread for _, thread in made[4:]} == {"next-batch_0"}
+    # One batch ahead, no more, and handed out next.
+    with pytest.raises(queue.Empty):
+        samples.made.get(timeout=0.2)
+    assert [sample.id for sample in next(stream)] == [str(index) for index, _ in made[4:]]
+
+
+def test_what_goes_wrong_while_the_next_batch_is_made_is_raised_where_it_is_asked_for() -> None:
+    stream = SampleStream(Watched(broken=6), 4, seed=0, ahead=True)
+    next(stream)
+    with pytest.raises(ValueError, match="damaged"):
+        next(stream)
 
 
 def test_unusable_samples_are_left_out() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import tiny_tokenizer
 
+from shine.cli import commands
 from shine.cli.collect import load
 from shine.config import SourceConfig, parse
 from shine.data.collection import build_collection, check_parts, without_parts
@@ -210,3 +213,35 @@ def test_the_script_builds_and_says_what_is_wrong_without_a_traceback(tmp_path: 
     # One token a byte.
     assert [item["contextlen"] for item in json.loads(output.read_text())][::2] == [len(text.encode()) for text in CONTEXTS]
     assert output.with_name("1qa.json.lengths.png").exists()
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which SHINE is what `pip install .` leaves: the package, without the clone around it."""
+    site = tmp_path_factory.mktemp("site")
+    shutil.copytree(ROOT / "shine", site / "shine", ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    return {**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1", "SHINE_DATA": str(site / "none")}
+
+
+def test_the_scripts_find_their_configuration_beside_an_installed_shine(tmp_path: Path, installed: dict[str, str]) -> None:
+    command = [sys.executable, ROOT / "generate_data" / "build_mqa.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 11 of 11 parts are missing")
+
+
+def test_a_command_that_needs_the_clone_says_so(tmp_path: Path, installed: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "shine.cli.main", "download", "data", "--list"]
+    done = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: there is no \S+/configs: run this in a clone of SHINE, which holds the configurations\n", done.stderr
+    )
+
+
+def test_a_file_of_the_users_own_is_never_taken_for_the_clones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "CONFIGS", tmp_path / "configs")
+    with pytest.raises(ValueError, match="run this in a clone of SHINE"):
+        load(tmp_path / "configs" / "downloads.yaml")
+    with pytest.raises(ValueError, match=r"mine.yaml: cannot be read"):
+        load(tmp_path / "mine.yaml")

@@ -12,6 +12,7 @@ from test_bad_inputs import GOOD
 from shine.cli.main import main
 from shine.cli.sources import parse_source
 from shine.config import SourceConfig
+from shine.data.stories import Story
 from shine.data.worlds import World
 from shine.zoo import load_tokenizer, resolve
 
@@ -109,3 +110,29 @@ def test_inspect_shows_five_examples_of_any_source(tmp_path: Path, kind: str, ca
     assert out.count("⟦") == 5
     assert "samples                 7" in out
     assert (tmp_path / "lengths.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("kind", ["text", "wikitext", "folder"])
+def test_inspect_shows_texts_of_any_source(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for n in range(7):
+        (folder / f"{n}.md").write_text(f"Abro the {n} lives in Arlow . " * 3)
+    lines = [f" = Abro {n} = \n\n Abro the {n} lives in Arlow . \n" for n in range(7)]
+    (tmp_path / "train.txt").write_text("".join(lines) if kind == "wikitext" else "Abro lives in Arlow .\n" * 7)
+    path = folder if kind == "folder" else tmp_path / "train.txt"
+    assert inspect(tmp_path, "--source", f"{kind}:{path}", "--context-length", "40", "--conversation-length", "60") == 0
+    out = capsys.readouterr().out
+    assert "texts                   7" in out
+    assert "stage                   pretrain" in out
+    assert out.count("⟦") >= 5
+    assert (tmp_path / "lengths.png").stat().st_size > 10_000
+
+
+def test_inspect_shows_stories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect(tmp_path, "--source", "stories,count=6,seed=2,turns=3") == 0
+    out = capsys.readouterr().out
+    assert "samples                 6" in out
+    questions = sum(len(example.turns) for example in Story(seed=2, turns=3).examples(6))
+    assert f"questions               {questions}" in out
+    assert out.count("⟦") == sum(len(example.turns) for example in Story(seed=2, turns=3).examples(5))

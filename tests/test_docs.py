@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks import adapters, sums
 from shine import Shine
+from shine.cli.collect import load
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,6 +31,28 @@ def test_every_fault_has_a_test_that_exists() -> None:
         assert happens
         assert named, row
         assert not [name for name in named if name not in defined], row
+
+
+def test_every_data_set_has_a_whole_row() -> None:
+    """As configs/source/ and the catalogue of downloads have it; a length that nobody measured says so."""
+    text = (ROOT / "docs" / "data.md").read_text()
+    lines = [line for line in text.split("| source | get it |", 1)[1].split("\n\n", 1)[0].splitlines() if line.startswith("| `")]
+    table = {cells[0].strip("`"): cells[1:] for line in lines if (cells := [cell.strip() for cell in line.strip("|").split(" | ")])}
+    catalogue = load(ROOT / "configs" / "downloads.yaml")["data"]
+    files = sorted((ROOT / "configs" / "source").glob("*.yaml"))
+    assert sorted(table) == [file.stem for file in files]
+    for file in files:
+        get, repository, folder, *others = table[file.stem]
+        assert len(others) == 5
+        assert all(others)
+        name = "msmarco" if file.stem.startswith("msmarco_v") else file.stem
+        if name in catalogue:
+            assert get == f"`sh scripts/download_data.sh {name}`"
+            assert repository == f"`{catalogue[name]['repository']}`"
+            assert folder == f"`{yaml.safe_load(file.read_text())['path'].replace('${oc.env:SHINE_DATA,data}', 'data')}`"
+            assert all("not measured" in cell or re.search(r"\d", cell) or cell == "–" for cell in others[2:])
+        else:
+            assert file.stem in ("folder", "jsonl", "stories", "worlds")
 
 
 # Inputs plus outputs of all linears of one layer, times the layers: q, k, v, o, then gate, up, down.

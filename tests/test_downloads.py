@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
+from urllib.parse import parse_qs, unquote, urlparse
 
 import pytest
 from hubs import LARGE, Hub, _Handler
@@ -64,6 +64,10 @@ class _Downloads(_Handler):
         elif (match := re.fullmatch("/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)) and self.command == "GET":
             self.hub.requests.append((self.command, path))
             self._send_file(match[3], self.hub.find(match[1], match[2])[1][match[3]])
+        elif match := re.fullmatch("/api/v1/models/([^/]+/[^/]+)/repo", path):
+            self.hub.requests.append((self.command, path))
+            query = {key: values[0] for key, values in parse_qs(urlparse(self.path).query).items()}
+            self._send_file(query["FilePath"], self.hub.find(match[1], query["Revision"])[1][query["FilePath"]])
         else:
             self.path = path + ("?" + urlparse(self.path).query if urlparse(self.path).query else "")
             super()._handle(body)
@@ -177,7 +181,6 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-@pytest.mark.slow
 def test_what_is_fetched_once_is_verified_and_skipped_then_mended_where_it_is_damaged(loopback: Loopback) -> None:
     folder = loopback.folder / "models" / "tiny"
     done = loopback.run("models")
@@ -285,7 +288,6 @@ def test_the_list_fetches_nothing_and_an_unknown_name_or_hub_is_refused(loopback
     assert "set is not known to be on ModelScope" in elsewhere.stderr
 
 
-@pytest.mark.slow
 def test_modelscope_has_the_same_rules(loopback: Loopback) -> None:
     folder = loopback.folder / "models" / "tiny"
     done = loopback.run("models", "--from", "modelscope")
@@ -299,6 +301,19 @@ def test_modelscope_has_the_same_rules(loopback: Loopback) -> None:
     mended = loopback.run("models", "--from", "modelscope")
     assert mended.returncode == 0, mended.stderr
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.slow
+def test_a_download_from_modelscope_that_is_broken_off_goes_on_within_the_file(loopback: Loopback) -> None:
+    loopback.broken["model.safetensors"] = 700_000
+    done = loopback.run("models", "--from", "modelscope")
+    if done.returncode:
+        assert "it goes on where it stopped" in done.stderr
+        done = loopback.run("models", "--from", "modelscope")
+    assert done.returncode == 0, done.stderr
+    assert (loopback.folder / "models" / "tiny" / "model.safetensors").read_bytes() == WEIGHTS
+    (begin,) = (found[1] for asked in loopback.ranges if (found := re.fullmatch(r"model.safetensors from (\d+)", asked)))
+    assert 0 < int(begin) <= 700_000
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -22,8 +23,9 @@ from test_samples import stage
 from shine.cli.main import main
 from shine.config import SourceConfig, TaskTokens
 from shine.data import index
-from shine.data.build import build_samples
+from shine.data.build import build_samples, samples_of
 from shine.data.samples import StageSamples
+from shine.data.worlds import World
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = tiny_tokenizer()
@@ -134,6 +136,40 @@ def test_other_code_makes_the_index_again(source: SourceConfig, monkeypatch: pyt
     assert len(said) == 2
 
 
+def test_files_that_change_while_they_are_read_give_no_index(source: SourceConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(*arguments: Any, **options: Any) -> StageSamples:
+        found = samples_of(*arguments, **options)
+        with Path(str(source.path)).open("a") as file:
+            file.write("\n")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shine.data.build.samples_of", slowly)
+        with pytest.raises(ValueError, match=r"data\.train\.\w+: its files changed while they were read"):
+            build(source)
+    assert indexes() == []
+    assert len(build(source))
+
+
+def test_the_code_that_counts_is_what_the_samples_import() -> None:
+    """Followed from the two modules that `shine.data.build` asks, as far as it lies in the room of data."""
+    room = Path(index.__file__).parent
+    seen, ahead = set(), ["samples", "sources/__init__"]
+    while ahead:
+        name = ahead.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for node in ast.walk(ast.parse((room / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("shine.data."):
+                path = str(node.module).removeprefix("shine.data.").replace(".", "/")
+                ahead.append(path if (room / f"{path}.py").exists() else f"{path}/__init__")
+    assert {name for name in seen if not name.startswith("sources/")} == set(index.SAMPLE_CODE)
+    assert {name.removeprefix("sources/") for name in seen if name.startswith("sources/")} == {
+        file.stem for file in (room / "sources").glob("*.py")
+    }
+
+
 def test_a_tokenizers_fingerprint_does_not_change_with_its_use() -> None:
     tokenizer = tiny_tokenizer()
     before = index.tokenizer_fingerprint(tokenizer)
@@ -193,7 +229,7 @@ import sys
 from conftest import tiny_tokenizer
 from test_samples import stage
 from shine.config import SourceConfig, TaskTokens
-from shine.data.build import build_samples
+from shine.data.build import build_samples, samples_of
 source = SourceConfig("jsonl", sys.argv[1])
 samples = build_samples({"mine": source}, "data.train", tiny_tokenizer(), stage("mqa"), task_tokens=TaskTokens(), seed=0)
 print("open", flush=True)
@@ -286,7 +322,7 @@ import sys
 from conftest import tiny_tokenizer
 from test_samples import stage
 from shine.config import SourceConfig, TaskTokens
-from shine.data.build import build_samples
+from shine.data.build import build_samples, samples_of
 source = SourceConfig("jsonl", sys.argv[1])
 samples = build_samples({"mine": source}, "data.train", tiny_tokenizer(), stage("mqa"), task_tokens=TaskTokens(), seed=0)
 print(len(samples), samples.fingerprint)
@@ -303,3 +339,43 @@ def test_processes_that_start_at_once_build_it_once(source: SourceConfig) -> Non
     assert len({lines[-1] for lines in outputs}) == 1
     assert sum("read and tokenised" in line for lines in outputs for line in lines) == 1
     assert len(indexes()) == 1
+
+
+MEASURE = """
+import json, resource, sys, time
+from shine.config import SourceConfig, StageConfig, TaskTokens
+from shine.data.build import build_samples, samples_of
+from shine.zoo import load_tokenizer, resolve
+
+tokenizer = load_tokenizer(resolve("cpu-world"))
+stage = StageConfig("pretrain", 1141, 1150, learning_rate=1e-4, warmup_steps=0)
+tasks = TaskTokens(reconstruct="<|im_start|>", complete="<|im_end|>", nothing="<|endoftext|>")
+started = time.process_time()
+source = SourceConfig("text", sys.argv[1], limit=int(sys.argv[2]))
+samples = build_samples({"texts": source}, "texts", tokenizer, stage, task_tokens=tasks, seed=0, say=lambda line: None)
+seconds = time.process_time() - started
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+print(json.dumps({"texts": len(samples.texts), "tokens": int(samples.lengths.sum()) // 2, "seconds": seconds, "peak": peak}))
+"""
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_texts_go_through_in_bounded_time_and_memory(tmp_path: Path) -> None:
+    """Read, tokenised and grouped, each time in a process of its own: ten times the texts take hardly more memory."""
+    file = tmp_path / "train.jsonl"
+    stories = [example.context for example in World(facts=(16, 20), people=(4, 6), seed=1).examples(500)]
+    with file.open("w", encoding="utf-8") as lines:
+        for number in range(100_000):
+            text = " ".join(stories[(number * 31 + 7 * part) % 500] for part in range(1 + number % 5))
+            lines.write(json.dumps({"text": text[: 100 + number * 48271 % 1800]}) + "\n")
+    few, many = (
+        json.loads(subprocess.run([sys.executable, "-c", MEASURE, file, str(count)], capture_output=True, check=True).stdout)
+        for count in (10_000, 100_000)
+    )
+    print(few, many)
+    assert (few["texts"], many["texts"]) == (10_000, 100_000)
+    assert many["tokens"] > 10_000_000
+    assert many["tokens"] / many["seconds"] > 100_000
+    # Of each text two numbers and its place are held, in a few copies.
+    assert many["peak"] - few["peak"] < 100
+    assert many["peak"] < 1500

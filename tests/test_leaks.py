@@ -289,3 +289,19 @@ def test_the_command_looks_at_a_run_that_was_started(tmp_path: Path, capsys: pyt
     (tmp_path / "run.json").write_text("{}")
     assert run("--run", str(tmp_path)) == 2
     assert "not the record of a run" in capsys.readouterr().err
+
+
+def test_a_paragraph_of_many_is_looked_for_by_itself(tmp_path: Path) -> None:
+    """Ten paragraphs a question, three of them whole in training: too little of the context, all of the paragraphs."""
+    rng = random.Random(0)
+    paragraphs = [" ".join(f"v{rng.randrange(9999)}" for _ in range(90)) for _ in range(9)] + ["too short to be looked for"]
+    context = {"title": [f"T{n}" for n in range(10)], "sentences": [[paragraph] for paragraph in paragraphs]}
+    file = tmp_path / "dev.jsonl"
+    file.write_text(json.dumps({"id": "h", "question": "q", "answer": "a", "context": context}) + "\n")
+    source = {"multihop": SourceConfig("hotpotqa", str(file))}
+    found = LeakCheck(scored_contexts(source, "data.test", questions=True), threshold=THRESHOLD)
+    assert found.scored == 1 + 9
+    for number in (2, 6, 8):
+        found.train(str(number), f"Around it. {paragraphs[number]}")
+    names = {overlap.scored: overlap.trained for overlap in found.overlaps}
+    assert names == {f"data.test.multihop h, paragraph {number + 1}": str(number) for number in (2, 6, 8)}

@@ -25,6 +25,7 @@ from shine.data.worlds import World
 from shine.fingerprint import fingerprint, hypernetwork_fingerprint
 from shine.hub import HubId
 from shine.hypernetwork import Hypernetwork
+from shine.prompt_cache import PromptCache
 
 EXAMPLES = [World(seed=3000).example(index) for index in range(6)]
 
@@ -83,6 +84,25 @@ def test_a_stream_is_the_answer_and_a_conversation_remembers(tiny: Shine) -> Non
     talk = Conversation().then("one?", answer)
     assert tiny.chat(lora, "two?", history=talk, max_new_tokens=20) != tiny.chat(lora, "two?", max_new_tokens=20)
     assert [(m.role, m.content) for m in talk.asking("two?")] == [("user", "one?"), ("assistant", answer), ("user", "two?")]
+
+
+def test_what_a_conversation_has_computed_is_kept(tiny: Shine) -> None:
+    """Each turn says what it says without; only what was added is computed."""
+    lora, kept, talk = tiny.encode("some text"), PromptCache(), Conversation()
+    lengths: list[int] = []
+    first = tiny.backbone.model.base_model.layers[0]
+    counter = first.register_forward_pre_hook(lambda _module, args: lengths.append(args[0].shape[1]))
+    before = 0
+    for question in ("one?", "two?", "three?"):
+        alone = tiny.chat(lora, question, history=talk, max_new_tokens=6)
+        whole = max(lengths)
+        lengths.clear()
+        assert "".join(tiny.stream(lora, question, history=talk, kept=kept, max_new_tokens=6)).strip() == alone
+        # The turn before ends with an answer of at most 6 tokens, of which the last was never computed.
+        assert max(lengths) <= whole - before + 1
+        before, talk = whole, talk.then(question, alone)
+        lengths.clear()
+    counter.remove()
 
 
 def test_a_stream_that_nobody_reads_on_ends(tiny: Shine) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shine.config import StageConfig, TaskTokens
+from shine.data.batching import SampleStream
 from shine.data.build import samples_of
 from shine.data.examples import Example, Turn
 from shine.data.grouping import first_fit
@@ -376,6 +377,9 @@ def test_cut_contexts_and_conversations_are_counted() -> None:
     assert (cut.context_dropped, cut.conversation_dropped) == (5, 4)
     assert len(cut.input_ids) == len(cut.labels) == lengths[0] - 4
     assert (whole.context_dropped, whole.conversation_dropped) == (5, 0)
+    # When they are drawn to be learned from, not when they are looked at.
+    assert samples.tally == Tally()
+    next(SampleStream(samples, batch_size=2, seed=0))
     assert samples.tally == Tally(
         samples=2, contexts_cut=2, context_tokens_dropped=10, conversations_cut=1, conversation_tokens_dropped=4
     )
@@ -387,7 +391,6 @@ def test_a_conversation_without_a_label_left_is_skipped_and_counted() -> None:
     samples = AnswerSamples.build([long, ONE], TOKENIZER, stage("1qa", conversation=100))
     assert [samples.sample(index, epoch=0).id for index in range(len(samples))] == ["one/0"]
     assert samples.tally.skipped == {"no label left after truncation, raise stage.conversation_length": 1}
-    assert samples.tally.samples == 1
     assert "1 skipped: no label left after truncation" in str(samples.tally)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shine.config import SourceConfig
+from shine.cli.doors import composed
+from shine.config import SourceConfig, TrainConfig
 from shine.data.sources import read_source
 
 
@@ -56,3 +57,16 @@ def test_one_context_cannot_be_split(tmp_path: Path) -> None:
 def test_what_is_joined_or_cut_is_not_split(kind: str, options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="joined or cut cannot be split by context"):
         contexts_of(SourceConfig(kind, "x", part="train", options=options))
+
+
+def test_the_shipped_split_learns_and_watches_different_contexts_of_one_file(tmp_path: Path) -> None:
+    contexts = [f"context {n}" for n in range(100)]
+    file = own_file(tmp_path, contexts).path
+    # The share and the seed are set once, for both sides.
+    words = ["stage=mqa", "data=jsonl_split", f"data.train.mine.path={file}", "data.train.mine.held_out=0.1", "output=out"]
+    config = composed(TrainConfig, "train", [*words, "data.train.mine.split_seed=7"])
+    learned, watched = (contexts_of(side["mine"]) for side in (config.data.train, config.data.validation))
+    assert (len(learned), len(watched)) == (90, 10)
+    assert sorted([*learned, *watched]) == sorted(contexts)
+    other = composed(TrainConfig, "train", [*words, "data.train.mine.split_seed=8"])
+    assert contexts_of(other.data.validation["mine"]) != watched

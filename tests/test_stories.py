@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -15,13 +12,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import run_script
 
 from shine.config import SourceConfig
 from shine.data.examples import Example
 from shine.data.sources import read_source
 from shine.data.stories import ATTRIBUTES, FIRST_BORN, UNANSWERABLE, Story
+from shine.data.worlds import World
 
-ROOT = Path(__file__).resolve().parent.parent
 NAME = r"[A-Z][a-z]+"
 FORMS = {
     "person": NAME,
@@ -222,23 +220,16 @@ def test_a_thousand_stories_take_seconds() -> None:
     assert time.perf_counter() - start < 10
 
 
-@pytest.mark.slow
-def test_the_script_writes_what_a_jsonl_source_reads(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        ROOT / "generate_data" / "invent_worlds.py",
-        tmp_path / "new" / "stories.jsonl",
-        "--count",
-        "30",
-        "--seed",
-        "4",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert list(read_source(SourceConfig("jsonl", str(tmp_path / "new" / "stories.jsonl")))) == EXAMPLES[:30]
-    refused = subprocess.run([*command, "--kind", "worlds", "--hops", "2"], env=environment, capture_output=True, text=True)
-    assert (refused.returncode, refused.stderr) == (2, "error: --hops belongs to stories: leave it out, or --kind stories\n")
+def test_the_script_writes_what_a_jsonl_source_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [tmp_path / "new" / "stories.jsonl", "--count", "30", "--seed", "4"]
+    assert run_script("invent_worlds.py", *arguments) == 0
+    assert list(read_source(SourceConfig("jsonl", str(arguments[0])))) == EXAMPLES[:30]
+    capsys.readouterr()
+    assert run_script("invent_worlds.py", *arguments, "--kind", "worlds", "--hops", "2") == 2
+    assert capsys.readouterr().err == "error: --hops belongs to stories: leave it out, or --kind stories\n"
+    assert run_script("invent_worlds.py", *arguments, "--kind", "worlds") == 0
+    worlds = list(read_source(SourceConfig("jsonl", str(arguments[0]))))
+    assert [example.context for example in worlds] == [example.context for example in World(seed=4).examples(30)]
 
 
 def test_a_source_of_stories_takes_what_a_story_does() -> None:

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import yaml
 from conftest import tiny_tokenizer
+from filelock import FileLock
 from openai_server import Behaviour, Call, OpenAIServer, Refuse, Say, openai_server
+from runs import run_script
 
 from shine.cli.collect import load
 from shine.config import RemoteConfig, SourceConfig, parse
@@ -141,9 +143,20 @@ def test_failures_are_counted_kept_apart_and_asked_again_by_the_next_run(tmp_pat
     assert len(server.calls) == 3 + 6
     assert (report.contexts, report.unchecked, report.kept) == (5, 0, 5)
     assert (tmp_path / "c.json.failures.jsonl").read_text() == ""
+    # What once failed stays to be looked at.
+    earlier = (tmp_path / "c.json.failures.earlier.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in earlier] == rows
     with serving(monkeypatch) as server:
         assert write(config, output).kept == 5
     assert server.calls == []
+
+
+def test_two_runs_on_one_output_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "c.json"
+    with serving(monkeypatch) as server, FileLock(f"{output}.lock"):
+        with pytest.raises(ValueError, match=r"another process is writing .*c.json: wait until it has ended"):
+            write(writing(tmp_path), output)
+        assert server.calls == []
 
 
 def test_what_failed_requests_cost_is_counted_in_this_run_and_in_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +269,27 @@ def script(folder: Path, server: OpenAIServer, *more: str, count: int = 12) -> t
     return command, {**os.environ, **server.environment, "PYTHONPATH": str(ROOT)}
 
 
+def test_the_script_writes_checks_and_says_what_it_came_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(monkeypatch) as server:
+        command, _ = script(tmp_path, server, "--yes", count=3)
+        assert run_script("generate_conversations.py", *command[2:]) == 0
+        assert len(server.calls) == 3 + 9 + 9
+        # Once more: nothing is left to ask.
+        assert run_script("generate_conversations.py", *command[2:]) == 0
+        assert len(server.calls) == 3 + 9 + 9
+    out = capsys.readouterr().out
+    assert out.count(" at the prices given for m\n") == 2
+    assert out.count("3 contexts, 9 pairs written: 3 kept, 3 not supported by their context, 3 known without it") == 2
+    # At 1000 a million tokens read.
+    assert f"{3 * 100 + 9 * 50 + 9 * 20:,} tokens read, {3 * 30 + 9 * 5 + 9 * 4} written, cost 0.93" in out
+    items = json.loads((tmp_path / "out" / "c.json").read_text())
+    assert [message["content"][:10] for item in items for message in item["conversations"]] == ["Where is X", "in Arlow"] * 3
+    # One token a byte, which all of these characters are.
+    assert all(item["contextlen"] == len(item["context"]) for item in items)
+
+
 @pytest.mark.slow
 def test_a_killed_script_goes_on_where_it_was(tmp_path: Path) -> None:
     def slowly(call: Call, attempt: int) -> Behaviour:
@@ -292,6 +326,7 @@ def test_the_script_asks_before_it_spends(tmp_path: Path) -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120)
     assert done.returncode == 2
     assert "12 contexts to write about, 0 checks of earlier pairs: about" in done.stdout
+    assert "at the prices given for m\n" in done.stdout
     assert "start with --yes" in done.stderr
     assert server.calls == []
 

@@ -428,9 +428,9 @@ def test_an_unreachable_hub_id_says_how_to_download(monkeypatch: pytest.MonkeyPa
 
 
 def test_an_attention_that_does_not_exist_points_at_the_key(converted: Path) -> None:
-    with pytest.raises(ValueError, match=r"set backbone\.attention=sdpa"):
+    with pytest.raises(ValueError, match=r"set backbone\.attention=auto"):
         load(converted, attention="no_such_attention")
-    with pytest.raises(ValueError, match=r"install what attention 'no_such_attention' needs, or set backbone\.attention=sdpa"):
+    with pytest.raises(ValueError, match=r"install what attention 'no_such_attention' needs, or set backbone\.attention=auto"):
         load("cpu-world", attention="no_such_attention")
 
 

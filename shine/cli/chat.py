@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from shine.cli.side_by_side import SideBySide
     from shine.lora import LoRA
     from shine.model import Shine
+    from shine.prompt_cache import PromptCache
 
 _HELP = "/reset forgets the conversation, /strength X sets how strong the adapter is, /quit or Ctrl-D ends"
 
@@ -125,11 +126,17 @@ class _Talk:
     args: argparse.Namespace
     console: Console
     strength: float = field(init=False)
+    worn: LoRA = field(init=False)
     history: Conversation = field(init=False)
+    kept: PromptCache = field(init=False)
 
     def __post_init__(self) -> None:
-        self.strength = self.args.strength
+        self._strengthen(self.args.strength)
         self.reset()
+
+    def _strengthen(self, strength: float) -> None:
+        # One value for all turns: another object is another adapter, for which nothing is kept.
+        self.strength, self.worn = strength, strong(self.lora, strength)
 
     def introduction(self) -> str:
         """What is talked about."""
@@ -139,13 +146,14 @@ class _Talk:
     def reset(self) -> None:
         """Forget what was said."""
         from shine.chat import Conversation
+        from shine.prompt_cache import PromptCache
 
-        self.history = Conversation()
+        self.history, self.kept = Conversation(), PromptCache()
 
     def set_strength(self, text: str) -> str:
         """Make the adapter stronger or weaker; what to tell the user."""
         try:
-            self.strength = finite(text)
+            self._strengthen(finite(text))
         except ValueError:
             return f"strength is {self.strength:g}; a number sets it, as in /strength 0.7"
         return f"strength {self.strength:g}"
@@ -153,16 +161,19 @@ class _Talk:
     def turn(self, question: str) -> dict[str, object]:
         """Ask, print the answer, and return both."""
         started = time.perf_counter()
-        worn, pieces = strong(self.lora, self.strength), []
-        for piece in self.shine.stream(worn, question, history=self.history, max_new_tokens=self.args.max_new_tokens):
+        pieces = []
+        answer = self.shine.stream(
+            self.worn, question, history=self.history, kept=self.kept, max_new_tokens=self.args.max_new_tokens
+        )
+        for piece in answer:
             pieces.append(piece)
             if not self.args.json:
                 print(piece, end="", flush=True)
         if not self.args.json:
             print(flush=True)
-        answer = "".join(pieces).strip()
-        self.history = self.history.then(question, answer)
-        return {"question": question, "answer": answer, "seconds": round(time.perf_counter() - started, 3)}
+        said = "".join(pieces).strip()
+        self.history = self.history.then(question, said)
+        return {"question": question, "answer": said, "seconds": round(time.perf_counter() - started, 3)}
 
 
 @dataclass

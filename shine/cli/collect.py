@@ -11,16 +11,22 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from shine.cli.commands import in_clone
 from shine.config import parse
 from shine.data.collection import build_collection, check_output, check_parts, without_parts
 from shine.data.histograms import draw_lengths
 from shine.data.plans import CollectionConfig
 
 
-def run(name: str, *, output: str, description: str, argv: Sequence[str] | None = None) -> int:
-    """Build the collection of ``configs/collection_<name>.yaml``; exit code 2 after a message for whatever a user can put right."""
+def run(config: Path, *, output: str, description: str, argv: Sequence[str] | None = None) -> int:
+    """Build the collection that ``config`` lists; exit code 2 after a message for whatever a user can put right.
+
+    Args:
+        config: the list of parts, beside the script.
+        output: where the collection goes if nothing else is said.
+        description: what the script does.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    config = Path(__file__).resolve().parents[2] / "configs" / f"collection_{name}.yaml"
     parser.add_argument("--config", default=config, help="the parts: folder, licence and share of each (default: %(default)s)")
     parser.add_argument("--output", default=output, help="the file to write; its manifest and histograms go beside it")
     parser.add_argument("--leave-out", action="append", default=[], metavar="PART", help="build without a part; can be repeated")
@@ -43,8 +49,9 @@ def load(path: str | Path) -> Any:
     """The plain values of a YAML file, its references to the environment resolved.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or belongs to a clone that is not there.
     """
+    in_clone(Path(path))
     try:
         return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OmegaConfBaseException, OSError) as error:

@@ -14,11 +14,11 @@ from hydra.errors import ConfigCompositionException, HydraException, OverridePar
 from omegaconf import OmegaConf
 
 import shine
+from shine.cli.commands import CONFIGS, in_clone
 from shine.config import parse, unknown_key
 from shine.training.stop import StoppedError
 
 T = TypeVar("T")
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def run_door(kind: type[T], values: object, action: Callable[[T], Any]) -> None:
@@ -68,10 +68,8 @@ def composed(kind: type[T], door: str, overrides: Sequence[str]) -> T:
     Raises:
         ValueError: Hydra or `shine.config.parse` refuses them, or SHINE is installed without its clone, which holds ``configs/``.
     """
-    if not CONFIGS.is_dir():
-        raise ValueError(f"there is no {CONFIGS}: run this in a clone of SHINE, which holds the configurations")
     try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        with initialize_config_dir(str(in_clone(CONFIGS)), version_base="1.3"):
             values: Any = OmegaConf.to_container(compose(door, overrides=list(_name_custom_backbones(overrides))), resolve=True)
     except HydraException as error:
         raise ValueError(_refusal(kind, error)) from None

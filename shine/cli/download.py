@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from shine.cli.commands import Commands, add_command
+from shine.cli.commands import CONFIGS, Commands, add_command
 
-CATALOGUE = Path(__file__).resolve().parents[2] / "configs" / "downloads.yaml"
+CATALOGUE = CONFIGS / "downloads.yaml"
 
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:

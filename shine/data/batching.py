@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
@@ -77,6 +78,15 @@ def collate(samples: Sequence[Sample], *, pad_id: int, multiple: int = 1) -> Bat
     )
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """A batch, and the states of the stream, (epoch, offset), where it begins and ends."""
+
+    batch: list[Sample]
+    begin: tuple[int, int]
+    end: tuple[int, int]
+
+
 @dataclass
 class SampleStream:
     """Global batches of samples without end, in an order that (seed, epoch, offset) fixes for any number of ranks.
@@ -85,6 +95,7 @@ class SampleStream:
 
     Attributes:
         window: so many batches at a time are put together by length; zero leaves each epoch's order random.
+        ahead: make the next batch in a thread while this one is used. State and tally are those of the batches handed out.
     """
 
     samples: StageSamples
@@ -93,24 +104,41 @@ class SampleStream:
     window: int = 0
     epoch: int = 0
     offset: int = 0
+    ahead: bool = False
+
+    def __post_init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="next-batch") if self.ahead else None
+        self._next: Future[_Drawn] | None = None
+        self._ordered_epoch: int | None = None
 
     def __iter__(self) -> Iterator[list[Sample]]:
         return self
 
     def __next__(self) -> list[Sample]:
         """The next ``batch_size`` samples, across the end of an epoch where it comes."""
-        batch: list[Sample] = []
-        while len(batch) < self.batch_size:
-            batch.append(self.samples.sample(int(self._order()[self.offset]), epoch=self.epoch))
-            self.offset += 1
-            if self.offset == len(self.samples):
-                self.epoch, self.offset = self.epoch + 1, 0
-        return batch
+        begin = self.epoch, self.offset
+        # Waited for also where the state was set anew and it is of no use: one draws at a time.
+        drawn = self._draw(*begin) if self._next is None else self._next.result()
+        if drawn.begin != begin:
+            drawn = self._draw(*begin)
+        self.epoch, self.offset = drawn.end
+        for sample in drawn.batch:
+            self.samples.tally.add(context_dropped=sample.context_dropped, conversation_dropped=sample.conversation_dropped)
+        self._next = None if self._thread is None else self._thread.submit(self._draw, *drawn.end)
+        return drawn.batch
 
-    def _order(self) -> Tensor:
-        if getattr(self, "_ordered_epoch", None) != self.epoch:
-            self._ordered = self._draw_order(self.epoch)
-            self._ordered_epoch = self.epoch
+    def _draw(self, epoch: int, offset: int) -> _Drawn:
+        begin, batch = (epoch, offset), list[Sample]()
+        while len(batch) < self.batch_size:
+            batch.append(self.samples.sample(int(self._order(epoch)[offset]), epoch=epoch))
+            offset += 1
+            if offset == len(self.samples):
+                epoch, offset = epoch + 1, 0
+        return _Drawn(batch, begin, (epoch, offset))
+
+    def _order(self, epoch: int) -> Tensor:
+        if self._ordered_epoch != epoch:
+            self._ordered, self._ordered_epoch = self._draw_order(epoch), epoch
         return self._ordered
 
     def _draw_order(self, epoch: int) -> Tensor:

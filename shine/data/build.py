@@ -35,9 +35,9 @@ def build_samples(
         say: told what is built.
 
     Raises:
-        ValueError: a source cannot be read, or the sources hold nothing that this stage can use.
+        ValueError: a source cannot be read or changes meanwhile, or the sources hold nothing that this stage can use.
     """
-    key = {
+    key: dict[str, Any] = {
         "sources": [data_fingerprint(source) for source in sources.values()],
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "stage": [stage.name, stage.context_length, stage.conversation_length],
@@ -49,6 +49,9 @@ def build_samples(
         skipped = Tally()
         examples = read_named(sources, place, tokens=token_counter(tokenizer), tally=skipped)
         samples = samples_of(examples, tokenizer, stage, task_tokens=task_tokens, seed=seed, folder=folder)
+        if (changed := [data_fingerprint(source) for source in sources.values()]) != key["sources"]:
+            name = next(name for name, one, other in zip(sources, changed, key["sources"], strict=True) if one != other)
+            raise ValueError(f"{place}.{name}: its files changed while they were read; start again when nothing writes to them")
         samples.tally.skipped += skipped.skipped
         samples.tally.first_skipped |= skipped.first_skipped
         return {"tally": samples.tally.state(), "fingerprint": samples.fingerprint}

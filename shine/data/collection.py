@@ -74,32 +74,9 @@ def build_collection(
     # The questions of a context may come one by one.
     tokens = lru_cache(maxsize=8)(tokens)
     output = Path(output).expanduser()
-    seen: set[int] = set()
-    reports = {}
     with file_written_beside(output) as stream:
         whole = _Hashing(stream)
-        whole.write(b"[")
-        separator = b"\n"
-        for name, part in config.parts.items():
-            report, digest = PartReport(), hashlib.sha256()
-            for item in _items(part, config, report):
-                line = json.dumps(_published(item, tokens, report), ensure_ascii=False).encode("utf-8")
-                key = int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "big")
-                if key in seen:
-                    report.duplicates += 1
-                    report.contexts.pop()
-                    report.conversations.pop()
-                    continue
-                seen.add(key)
-                report.items += 1
-                report.questions += len(item.turns)
-                digest.update(line)
-                whole.write(separator + line)
-                separator = b",\n"
-            report.sha256 = digest.hexdigest()
-            reports[name] = report
-            say(f"{name}: {report.items:,} items, {report.questions:,} questions, {report.duplicates:,} duplicates dropped")
-        whole.write(b"\n]\n")
+        reports = _write_parts(config, whole, tokens, say)
         if not any(report.items for report in reports.values()):
             raise ValueError(
                 f"no item in any part ({', '.join(reports)}), so {output} was not written: look at their splits, limits and shares"
@@ -115,6 +92,35 @@ def build_collection(
     }
     with file_written_beside(_manifest(output)) as stream:
         stream.write((json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+    return reports
+
+
+def _write_parts(
+    config: CollectionConfig, whole: _Hashing, tokens: Callable[[str], int], say: Callable[[str], None]
+) -> dict[str, PartReport]:
+    seen: set[int] = set()
+    reports = {}
+    separator = b"[\n"
+    for name, part in config.parts.items():
+        report, digest = PartReport(), hashlib.sha256()
+        for item in _items(part, config, report):
+            line = json.dumps(_published(item, tokens, report), ensure_ascii=False).encode("utf-8")
+            key = int.from_bytes(hashlib.blake2b(line, digest_size=8).digest(), "big")
+            if key in seen:
+                report.duplicates += 1
+                report.contexts.pop()
+                report.conversations.pop()
+                continue
+            seen.add(key)
+            report.items += 1
+            report.questions += len(item.turns)
+            digest.update(line)
+            whole.write(separator + line)
+            separator = b",\n"
+        report.sha256 = digest.hexdigest()
+        reports[name] = report
+        say(f"{name}: {report.items:,} items, {report.questions:,} questions, {report.duplicates:,} duplicates dropped")
+    whole.write(b"\n]\n")
     return reports
 
 

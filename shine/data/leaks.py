@@ -19,6 +19,10 @@ RUN = 4
 """Words in a row that two texts must share to have something in common."""
 SKETCH = 512
 """The most runs that stand for a context, so that memory is bounded: a sample of its runs, the same one wherever they occur."""
+OF_PARAGRAPHS = ("hotpotqa", "musique", "2wiki", "msmarco")
+"""Kinds of sources whose contexts are paragraphs that a search or a writer put together, a blank line between them."""
+LEAST_WORDS = 30
+"""Of a paragraph that is looked for by itself; what is shorter may share as much by chance."""
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -134,13 +138,15 @@ def scored_contexts(
 ) -> Iterator[tuple[str, str]]:
     """Likewise those that are asked about: of passages put among others (``pad_to``) the passage itself, not the others.
 
-    Within a long context even a whole copy of the passage would be a small share.
+    Within a long context even a whole copy of the passage would be a small share. So would one paragraph of the ten that a
+    question comes with: where contexts are several paragraphs, each of thirty words and more stands for itself too.
     """
-    alone = {
-        name: replace(source, options={**source.options, "pad_to": None}) for name, source in sources.items() if _joins(source)
-    }
-    return learned_contexts({**sources, **alone}, place, tokens=tokens, questions=questions)
-
-
-def _joins(source: SourceConfig) -> bool:
-    return source.options.get("pad_to") is not None
+    for name, source in sources.items():
+        if source.options.get("pad_to") is not None:
+            source = replace(source, options={**source.options, "pad_to": None})
+        for label, context in learned_contexts({name: source}, place, tokens=tokens, questions=questions):
+            yield label, context
+            paragraphs = context.split("\n\n") if source.kind in OF_PARAGRAPHS else ()
+            for number, paragraph in enumerate(paragraphs, start=1):
+                if len(words_of(paragraph)) >= LEAST_WORDS:
+                    yield f"{label}, paragraph {number}", paragraph

@@ -53,7 +53,7 @@ class StageSamples(Protocol):
     """The samples of a stage: sample ``index`` as it is in ``epoch``.
 
     Attributes:
-        tally: what was skipped on the way here, and what was cut from the samples drawn so far.
+        tally: what was skipped on the way here; who learns from a sample counts what was cut from it there.
         lengths: ``[N]``, tokens of each sample (of a group, about).
         fingerprint: a hash of the texts behind the samples and of their order, wherever they were read from.
     """
@@ -122,7 +122,6 @@ class AnswerSamples:
     def sample(self, index: int, *, epoch: int) -> Sample:
         ids = {name: self.table.value(name, index).tolist() for name in ("context_ids", "input_ids", "labels")}
         dropped = {name: self.table.value(name, index) for name in ("context_dropped", "conversation_dropped")}
-        self.tally.add(**dropped)
         return Sample(self.table.value("id", index), **ids, **dropped)
 
 
@@ -257,7 +256,6 @@ class PretrainSamples:
         rng.shuffle(members)
         turns = [m for text, task, _ in members for m in _text_turn(getattr(self.task_tokens, task), text)]
         encoded = encode_conversation(self.tokenizer, turns)
-        self.tally.add()
         return Sample(f"group-{index}", context_ids, encoded.input_ids, encoded.labels)
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from filelock import FileLock, Timeout
 from pydantic import Field, StringConstraints
 
 from shine.data.collection import published_item
@@ -133,35 +134,55 @@ def write_conversations(config: WritingConfig, output: str | Path, *, tokens: Ca
     Contexts that are no longer in the sources stay in the journals and are neither checked nor written.
 
     Raises:
-        ValueError: no key, a source or a journal that cannot be read, a journal kept under another configuration.
+        ValueError: no key, a source or a journal that cannot be read, a journal kept under another configuration, another process
+            that writes there.
     """
     output = Path(output).expanduser()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{output}.lock", timeout=0):
+            return _write_alone(config, output, tokens)
+    except Timeout:
+        raise ValueError(f"another process is writing {output}: wait until it has ended, or choose another --output") from None
+
+
+def _write_alone(config: WritingConfig, output: Path, tokens: Callable[[str], int]) -> WritingReport:
     report = WritingReport()
     written, supported, recalled, spent = _journals(config, output)
     for row in spent.rows():
         report.usage += Usage(**row["usage"])
     current = {name for name, _ in _contexts(config)}
-    failures = Journal(output.with_name(f"{output.name}.failures.jsonl"))
-    failures.path.unlink(missing_ok=True)
-    with failures, spent:
+    with _failures(output) as failures, spent:
+        shared: dict[str, Any] = {"failures": failures, "spent": spent, "config": config, "report": report}
         write = (
             (_request(name, config.write, context=context, turns=str(config.turns)), {"context": context})
             for name, context in _contexts(config)
         )
-        _run("writing", write, Written, written, failures, spent, config, report)
+        _run("writing", requests=write, kind=Written, journal=written, **shared)
         support = (
             (_request(name, config.support, context=context, question=pair.question, answer=pair.answer), _NOTHING)
             for name, context, pair in _pairs(written, current)
         )
-        _run("support", support, Supported, supported, failures, spent, config, report)
+        _run("support", requests=support, kind=Supported, journal=supported, **shared)
         recall = ((_request(name, config.recall, question=pair.question), _NOTHING) for name, _, pair in _pairs(written, current))
-        _run("recall", recall, Recalled, recalled, failures, spent, config, report)
+        _run("recall", requests=recall, kind=Recalled, journal=recalled, **shared)
     _assemble(config, output, (written, supported, recalled), current, report, tokens)
     return report
 
 
+def _failures(output: Path) -> Journal:
+    """An empty journal for what fails in this run; what failed in earlier ones goes to ``<output>.failures.earlier.jsonl``."""
+    failures, earlier = (output.with_name(f"{output.name}.failures{more}.jsonl") for more in ("", ".earlier"))
+    with Journal(earlier) as kept:
+        for row in Journal(failures).rows():
+            kept.append(row)
+    failures.unlink(missing_ok=True)
+    return Journal(failures)
+
+
 def _run(
     name: str,
+    *,
     requests: Iterable[tuple[Request, Mapping[str, Any]]],
     kind: type[Any],
     journal: Journal,

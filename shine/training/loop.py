@@ -132,7 +132,7 @@ class _Run:
         samples = build_samples(
             config.data.train, "data.train", tokenizer, stage, task_tokens=config.backbone.task_tokens, seed=config.seed
         )
-        self.stream = SampleStream(samples, stage.batch_size, config.seed, window=stage.length_window)
+        self.stream = SampleStream(samples, stage.batch_size, config.seed, window=stage.length_window, ahead=True)
         self.fingerprint = samples.fingerprint
         self.total = stage.steps if stage.steps is not None else max(math.ceil(stage.epochs * len(samples) / stage.batch_size), 1)
         self.validation = Validation(config, backbone, tokenizer)

@@ -1,14 +1,8 @@
-"""What a run will need, said before it starts: memory of each rank, tokens, arithmetic, hours.
-
-The arithmetic of a step, in FLOPs (``docs/training.md`` has the formula): frozen linears cost 4 a parameter and token, forward and
-the gradient of their inputs; trained ones 6; activation checkpointing adds 2 for the second forward.
-"""
+"""What a run will need, said before it starts: memory of each rank, tokens, arithmetic (`shine.flops`), hours."""
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from shine.backbone import Backbone
 from shine.config import TrainConfig
 from shine.data.samples import Sample, StageSamples
+from shine.flops import training_flops
 from shine.hypernetwork import Hypernetwork
 
 SHARE_OF_RATE = {"cuda": 0.4, "cpu": 0.15}
@@ -86,7 +81,12 @@ def estimate(
     widest = max(sample.tokens for sample in seen)
     memory = hypernetwork.memory_tokens.shape[0]
     per_sample = _activation_bytes(backbone, hypernetwork, tokens=widest + memory, labels=max(s.label_count for s in seen))
-    flops = sum(_sample_flops(backbone, hypernetwork, sample) for sample in seen) / len(seen)
+    flops = sum(
+        training_flops(
+            backbone, hypernetwork, read=len(sample.context_ids), answered=len(sample.input_ids), labels=sample.label_count
+        )
+        for sample in seen
+    ) / len(seen)
     return Needs(
         trained=trained,
         frozen=frozen,
@@ -127,29 +127,8 @@ def _frozen_bytes(backbone: Backbone) -> tuple[int, int]:
 
 
 def _look_at(samples: StageSamples, most: int) -> list[Sample]:
-    tally = copy.deepcopy(samples.tally)
     every = max(len(samples) // most, 1)
-    found = [samples.sample(index, epoch=0) for index in range(0, len(samples), every)[:most]]
-    # What is only looked at is not drawn.
-    samples.tally = tally
-    return found
-
-
-def _sample_flops(backbone: Backbone, hypernetwork: Hypernetwork, sample: Sample) -> float:
-    memory = hypernetwork.memory_tokens.shape[0]
-    read, answered = len(sample.context_ids) + memory, len(sample.input_ids)
-    layers = len(backbone.linear_shapes)
-    width = sum(shape.out_features for shape in backbone.linear_shapes[0] if shape.path.endswith("q_proj")) or backbone.hidden_size
-    again = 2 if backbone.activation_checkpointing else 0
-    linears = (4 + again) * _linear_parameters(backbone.layers) * (read + answered)
-    meta = (6 + again) * read * sum(parameter.numel() for parameter in hypernetwork.meta_lora.parameters())
-    rank = hypernetwork.layout.rank
-    generated = (6 + again) * answered * sum(shape.parameters(rank) for row in backbone.linear_shapes for shape in row)
-    # Scores and mixture on one side of the diagonal.
-    attention = (6 + again) * layers * width * (read**2 + answered**2)
-    head = 4 * sample.label_count * backbone.vocabulary_size * backbone.hidden_size
-    m2p = 6 * layers * memory * _linear_parameters(hypernetwork.m2p.layers)
-    return linears + meta + generated + attention + head + m2p
+    return [samples.sample(index, epoch=0) for index in range(0, len(samples), every)[:most]]
 
 
 def _activation_bytes(backbone: Backbone, hypernetwork: Hypernetwork, *, tokens: int, labels: int) -> int:
@@ -163,10 +142,6 @@ def _activation_bytes(backbone: Backbone, hypernetwork: Hypernetwork, *, tokens:
     m2p = states * len(hypernetwork.m2p.layers) * (12 * size + 4 * 4)
     head = labels * backbone.vocabulary_size * (size + 8)
     return body + m2p + head
-
-
-def _linear_parameters(modules: Iterable[nn.Module]) -> int:
-    return sum(m.weight.numel() for module in modules for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def _duration(hours: float) -> str:

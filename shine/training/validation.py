@@ -46,6 +46,9 @@ class Validation:
             sets["answers"] = AnswerSamples.build(self.examples, tokenizer, stage)
         self.tallies = {name: found.tally for name, found in sets.items()}
         self.sets = {name: [found.sample(i, epoch=0) for i in range(min(len(found), wanted))] for name, found in sets.items()}
+        for name, samples in self.sets.items():
+            for sample in samples:
+                self.tallies[name].add(context_dropped=sample.context_dropped, conversation_dropped=sample.conversation_dropped)
 
     def __bool__(self) -> bool:
         return any(self.sets.values())

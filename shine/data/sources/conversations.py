@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from shine.data.examples import Example, Turn
-from shine.data.sources.files import Row, Source, existing, parsed, texts
+from shine.data.sources.files import Row, Source, existing, label, parsed, texts
 
 
 def read_conversations(source: Source) -> Iterator[Example]:
@@ -51,7 +51,7 @@ def read_msmarco_mqa(source: Source) -> Iterator[Example]:
 
 def _msmarco_mqa_row(row: Row, place: str) -> Example:
     turns = tuple(_turn(given, "answer", place) for given in row["conversations"])
-    return Example(str(row.get("query_id", place)), row["context"], turns)
+    return Example(label(row, "query_id", place) or place, row["context"], turns)
 
 
 def read_jsonl(source: Source) -> Iterator[Example]:
@@ -71,7 +71,7 @@ def _own_line(row: Row, place: str) -> Example:
     if not isinstance(given, list):
         raise ValueError(f'{place}: "turns" must be a list')
     turns = tuple(_turn(turn, "answers", place) for turn in given)
-    return Example(id=str(row.get("id", place)), context=row["context"], turns=turns)
+    return Example(id=label(row, "id", place) or place, context=row["context"], turns=turns)
 
 
 def _turn(given: Any, answers: Literal["answer", "answers"], place: str) -> Turn:
@@ -82,4 +82,4 @@ def _turn(given: Any, answers: Literal["answer", "answers"], place: str) -> Turn
     golds = texts(given.get("answers") if answers == "answers" else [given.get("answer")], answers, place)
     if not golds:
         raise ValueError(f'{place}: "answers" must hold at least one text; mend the file')
-    return Turn(question, tuple(golds), str(given.get("kind", "")))
+    return Turn(question, tuple(golds), label(given, "kind", place))

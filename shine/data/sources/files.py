@@ -21,10 +21,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shine.config import SourceConfig
+from shine.data.sources.json_lists import list_items
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
-_NAMES = {str: "a text", str | None: "a text", Sequence: "a list", Mapping: "a table", bool: "true or false"}
+_NAMES = {
+    str: "a text",
+    str | None: "a text",
+    int: "a whole number",
+    int | str: "a text or a whole number",
+    Sequence: "a list",
+    Mapping: "a table",
+    Mapping | Sequence | str: "titles with their sentences",
+    bool: "true or false",
+}
+_ODD = (TypeError, KeyError, IndexError, AttributeError, RecursionError)
+"""What a value of a shape that nobody thought of makes a parser raise."""
 _DAMAGED = (pa.ArrowException, ijson.JSONError, EOFError, zlib.error, gzip.BadGzipFile)
 
 
@@ -94,11 +106,21 @@ def parsed(source: Source, columns: Mapping[str, Any], parse: Callable[[Row, str
     for file in split_files(source.config):
         for place, row in _file_rows(file, kind=source.config.kind, wanted=[*columns, *more], needed=list(columns)):
             try:
-                yield parse(checked(row, columns, place), place)
+                value = _parsed_row(row, columns, parse, place)
             except ValueError as error:
                 if source.config.malformed == "refuse":
                     raise
                 source.skip("malformed", str(error))
+            else:
+                yield value
+
+
+def _parsed_row(row: Any, columns: Mapping[str, Any], parse: Callable[[Row, str], T], place: str) -> T:
+    try:
+        return parse(checked(row, columns, place), place)
+    except _ODD as error:
+        said = f"{type(error).__name__}: {_first_line(error)}"
+        raise ValueError(f"{place}: not laid out as this kind of source is ({said}); mend the file") from error
 
 
 def checked(row: Any, columns: Mapping[str, Any], place: str) -> Row:
@@ -111,8 +133,9 @@ def checked(row: Any, columns: Mapping[str, Any], place: str) -> Row:
         if name not in row:
             raise ValueError(f'{place}: "{name}" is missing (there are {", ".join(row)}); mend the file')
         value = row[name]
-        # A text is a sequence too, but never the list that is meant.
-        if not isinstance(value, kind) or (kind is Sequence and isinstance(value, str)):
+        # A text is a sequence too, but never the list that is meant; true is a number to Python alone.
+        taken_for = (kind is Sequence and isinstance(value, str)) or (kind is not bool and isinstance(value, bool))
+        if not isinstance(value, kind) or taken_for:
             raise ValueError(f"{place}: {name} is {value!r:.60}, not {_NAMES[kind]}; mend the file")
     return row
 
@@ -123,6 +146,14 @@ def spoken(row: Row, name: str, place: str) -> str:
     if not text:
         raise ValueError(f"{place}: {name} is {row[name]!r:.60}, not a text that is not empty; mend the file")
     return text
+
+
+def label(row: Row, name: str, place: str) -> str:
+    """The text or whole number under ``name``, as a text; empty where there is none."""
+    value = row.get(name)
+    if value is not None and (not isinstance(value, str | int) or isinstance(value, bool)):
+        raise ValueError(f"{place}: {name} is {value!r:.60}, not a text or a whole number; mend the file")
+    return "" if value is None else str(value)
 
 
 def texts(value: Any, name: str, place: str) -> list[str]:
@@ -160,9 +191,10 @@ def _parquet_rows(file: Path, *, kind: str, wanted: Sequence[str], needed: Seque
 def _json_list_rows(file: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     with _damage_named(file, lambda: f"item {number}"), _opened(file) as stream:
-        for row in ijson.items(_without_mark(stream), "item", use_float=True):
+        for row in list_items(_without_mark(stream)):
             number += 1
-            yield f"{file}, item {number}", row
+            place = f"{file}, item {number}"
+            yield place, ValueError(f"{place}: {row}") if isinstance(row, ValueError) else row
 
 
 def _line_rows(file: Path, parse: Callable[[str, str], Any], *, skip_blank: bool) -> Iterator[tuple[str, Any]]:
@@ -183,14 +215,26 @@ def _line_rows(file: Path, parse: Callable[[str, str], Any], *, skip_blank: bool
 def _json_line(line: str, place: str) -> Any:
     """The value on a line, or the error that says why there is none."""
     try:
-        row = json.loads(line)
+        return json_value(line)
+    except ValueError as error:
+        return ValueError(f"{place}: {error}; mend the line")
+
+
+def json_value(text: str) -> Any:
+    """The value that a JSON text holds.
+
+    Raises:
+        ValueError: it holds none, or half a character; the message says why, not where.
+    """
+    try:
+        value = json.loads(text)
         # Only an escape can stand for half a character, which is no text.
-        if "\\ud" in line.lower():
-            json.dumps(row, ensure_ascii=False).encode("utf-8")
-        return row
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except (ValueError, RecursionError) as error:
         where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else _first_line(error)
-        return ValueError(f"{place}: not JSON ({where}); mend the line")
+        raise ValueError(f"not JSON ({where})") from None
 
 
 def _begins_a_list(file: Path) -> bool:
@@ -218,4 +262,6 @@ def _damage_named(file: Path, after: Callable[[], str], *more: type[Exception]) 
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    # The parser of JSON lists says it in bytes.
+    said = error.args[0].decode("utf-8", "replace") if error.args and isinstance(error.args[0], bytes) else str(error)
+    return next((line.strip().rstrip(".") for line in said.splitlines() if line.strip()), type(error).__name__)

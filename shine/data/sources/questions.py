@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from shine.data.examples import Example, Turn
-from shine.data.sources.files import Row, Source, parsed, spoken, texts
+from shine.data.sources.files import Row, Source, json_value, label, parsed, spoken, texts
 
 NO_ANSWER = "No Answer Present."
 """What MS MARCO v2.1 has in place of an answer."""
@@ -102,10 +101,11 @@ def _2wiki_row(row: Row, place: str) -> Example:
     context = row["context"]
     if isinstance(context, str):
         try:
-            context = json.loads(context)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place}: context is not JSON ({error.msg} at column {error.colno}); mend the file") from None
-    return _one_question(row, str(row.get("id") or row.get("_id") or place), _paragraphs(context, place), [row["answer"]], place)
+            context = json_value(context)
+        except ValueError as error:
+            raise ValueError(f"{place}: context is {error}; mend the file") from None
+    name = label(row, "id", place) or label(row, "_id", place) or place
+    return _one_question(row, name, _paragraphs(context, place), [row["answer"]], place)
 
 
 def read_musique(source: Source) -> Iterator[Example]:
@@ -126,9 +126,12 @@ def _musique_row(row: Row, place: str) -> Example:
     for paragraph in row["paragraphs"]:
         if not isinstance(paragraph, Mapping) or not isinstance(paragraph.get("paragraph_text"), str):
             raise ValueError(f'{place}: each of "paragraphs" needs a "paragraph_text"; mend the file')
-        titled.append(f"{paragraph.get('title', '')}\n{paragraph['paragraph_text']}".strip())
-    answers = [row["answer"], *texts(row.get("answer_aliases") or [], "answer_aliases", place)]
-    return _one_question(row, row["id"], "\n\n".join(titled), answers if row.get("answerable") in (True, None) else [], place)
+        titled.append(f"{label(paragraph, 'title', place)}\n{paragraph['paragraph_text']}".strip())
+    aliases, answerable = row.get("answer_aliases"), row.get("answerable")
+    answers = [row["answer"], *([] if aliases is None else texts(aliases, "answer_aliases", place))]
+    if not isinstance(answerable, bool | None):
+        raise ValueError(f"{place}: answerable is {answerable!r:.60}, not true or false; mend the file")
+    return _one_question(row, row["id"], "\n\n".join(titled), [] if answerable is False else answers, place)
 
 
 def read_msmarco(source: Source, *, passages: Literal["all", "selected"] = "all") -> Iterator[Example]:
@@ -144,10 +147,14 @@ def read_msmarco(source: Source, *, passages: Literal["all", "selected"] = "all"
 
     def parse(row: Row, place: str) -> Example:
         found = texts(row["passages"].get("passage_text"), "passages", place)
-        chosen = row["passages"].get("is_selected") or [0] * len(found)
-        kept = [text for text, mark in zip(found, chosen, strict=False) if mark or passages == "all"]
-        answers = [str(answer) for answer in row["answers"] if str(answer).strip() and answer != NO_ANSWER]
-        turn = Turn(spoken(row, "query", place), tuple(dict.fromkeys(answers)), str(row.get("query_type") or ""))
+        chosen = row["passages"].get("is_selected")
+        if not isinstance(chosen, list) or not all(isinstance(mark, int) for mark in chosen) or len(chosen) != len(found):
+            raise ValueError(f"{place}: is_selected is {chosen!r:.60}, not 0 or 1 for each of {len(found)} passages; mend the file")
+        kept = [text for text, mark in zip(found, chosen, strict=True) if mark or passages == "all"]
+        if not all(isinstance(answer, str) for answer in row["answers"]):
+            raise ValueError(f"{place}: answers is {row['answers']!r:.60}, not a list of texts; mend the file")
+        answers = [answer for answer in row["answers"] if answer.strip() and answer != NO_ANSWER]
+        turn = Turn(spoken(row, "query", place), tuple(dict.fromkeys(answers)), label(row, "query_type", place))
         return Example(str(row["query_id"]), "\n\n".join(kept), (turn,))
 
     columns = {"query": str, "query_id": int | str, "answers": Sequence, "passages": Mapping}
@@ -156,16 +163,20 @@ def read_msmarco(source: Source, *, passages: Literal["all", "selected"] = "all"
 
 def _one_question(row: Row, name: str, context: str, answers: Sequence[str], place: str) -> Example:
     golds = texts(answers, "answer", place)
-    return Example(name, context, (Turn(spoken(row, "question", place), tuple(dict.fromkeys(golds)), str(row.get("type") or "")),))
+    return Example(name, context, (Turn(spoken(row, "question", place), tuple(dict.fromkeys(golds)), label(row, "type", place)),))
 
 
 def _paragraphs(context: Any, place: str) -> str:
     """Titles with their sentences: two lists side by side in a table, or a list of pairs."""
+    pairs: list[tuple[Any, ...]] = []
     if isinstance(context, Mapping):
         titles, sentences = context.get("title"), context.get("sentences", context.get("content"))
-        pairs = list(zip(titles, sentences, strict=False)) if isinstance(titles, list) and isinstance(sentences, list) else None
-    else:
-        pairs = [tuple(pair) for pair in context] if all(isinstance(p, list) and len(p) == 2 for p in context) else None
+        if isinstance(titles, list) and isinstance(sentences, list):
+            if len(titles) != len(sentences):
+                raise ValueError(f"{place}: context has {len(titles)} titles, {len(sentences)} lists of sentences; mend the file")
+            pairs = list(zip(titles, sentences, strict=True))
+    elif isinstance(context, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in context):
+        pairs = [tuple(pair) for pair in context]
     if not pairs or not all(isinstance(t, str) and isinstance(s, list) and all(isinstance(x, str) for x in s) for t, s in pairs):
         raise ValueError(f"{place}: context is {context!r:.60}, not titles with their sentences; mend the file")
     return "\n\n".join(f"{title}\n{' '.join(sentence.strip() for sentence in found)}" for title, found in pairs)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from shine.data.examples import Example, Turn
-from shine.data.sources.files import Row, Source, parsed, texts
+from shine.data.sources.files import Row, Source, label, parsed, spoken, texts
 
 CANNOT_ANSWER = "CANNOTANSWER"
 """What QuAC has in place of an answer, and at the end of each context."""
@@ -31,7 +31,7 @@ def read_coqa(source: Source) -> Iterator[Example]:
 
 def _coqa_row(row: Row, place: str) -> Example:
     answers = texts(row["answers"].get("input_text"), "answers", place)
-    turns = _dialogue(texts(row["questions"], "questions", place), answers, place, kind=str(row.get("source") or ""))
+    turns = _dialogue(texts(row["questions"], "questions", place), answers, place, kind=label(row, "source", place))
     return Example(place.rsplit("/", 1)[-1], row["story"], turns)
 
 
@@ -48,10 +48,11 @@ def read_drop(source: Source) -> Iterator[Example]:
 
 def _drop_row(row: Row, place: str) -> tuple[str, str, Turn]:
     spans = texts(row["answers_spans"].get("spans"), "answers_spans", place)
-    kinds = row["answers_spans"].get("types") or [""]
+    given = row["answers_spans"].get("types")
+    kinds = [] if given is None else texts(given, "types", place)
     # Annotators who agree repeat the span; a list has each of its members once.
     answers = (", ".join(dict.fromkeys(spans)),) if spans else ()
-    return row["query_id"], row["passage"], Turn(row["question"].strip(), answers, str(kinds[0]))
+    return row["query_id"], row["passage"], Turn(spoken(row, "question", place), answers, kinds[0] if kinds else "")
 
 
 def read_narrativeqa(source: Source) -> Iterator[Example]:
@@ -62,11 +63,11 @@ def read_narrativeqa(source: Source) -> Iterator[Example]:
 def _narrativeqa_row(row: Row, place: str) -> tuple[str, str, Turn]:
     summary, question = row["document"].get("summary"), row["question"].get("text")
     context = summary.get("text") if isinstance(summary, Mapping) else None
-    if not isinstance(context, str) or not isinstance(question, str):
+    if not isinstance(context, str) or not isinstance(question, str) or not question.strip():
         raise ValueError(f"{place}: needs a text in document.summary.text and in question.text; mend the file")
     given = [answer.get("text") if isinstance(answer, Mapping) else answer for answer in row["answers"]]
     answers = dict.fromkeys(answer.strip() for answer in texts(given, "answers", place))
-    return str(row["document"].get("id", place)), context.strip(), Turn(question.strip(), tuple(answers))
+    return label(row["document"], "id", place) or place, context.strip(), Turn(question.strip(), tuple(answers))
 
 
 def read_quail(source: Source) -> Iterator[Example]:
@@ -79,11 +80,8 @@ def _quail_row(row: Row, place: str) -> tuple[str, str, Turn]:
     options, right = texts(row["answers"], "answers", place), row["correct_answer_id"]
     if not 0 <= right < len(options):
         raise ValueError(f"{place}: correct_answer_id is {right}, there are {len(options)} answers; mend the file")
-    return (
-        row["context_id"],
-        row["context"],
-        Turn(row["question"].strip(), (options[right].strip(),), str(row.get("question_type") or "")),
-    )
+    turn = Turn(spoken(row, "question", place), (options[right].strip(),), label(row, "question_type", place))
+    return row["context_id"], row["context"], turn
 
 
 def read_pwc(source: Source) -> Iterator[Example]:
@@ -93,7 +91,7 @@ def read_pwc(source: Source) -> Iterator[Example]:
 
 def _pwc_row(row: Row, place: str) -> tuple[str, str, Turn]:
     answers = texts([row["answer"]], "answer", place)
-    return place.rsplit("/", 1)[-1], row["input"], Turn(row["prompt"].strip(), tuple(answers))
+    return place.rsplit("/", 1)[-1], row["input"], Turn(spoken(row, "prompt", place), tuple(answers))
 
 
 def read_newsqa(source: Source) -> Iterator[Example]:
@@ -103,7 +101,7 @@ def read_newsqa(source: Source) -> Iterator[Example]:
 
 def _newsqa_row(row: Row, place: str) -> tuple[str, str, Turn]:
     answers = dict.fromkeys(answer.strip() for answer in texts(row["answers"], "answers", place))
-    return row["key"], row["context"], Turn(row["question"].strip(), tuple(answers))
+    return row["key"], row["context"], Turn(spoken(row, "question", place), tuple(answers))
 
 
 def read_duorc(source: Source) -> Iterator[Example]:
@@ -114,7 +112,8 @@ def read_duorc(source: Source) -> Iterator[Example]:
 
 def _duorc_row(row: Row, place: str) -> tuple[str, str, Turn]:
     answers = [] if row["no_answer"] else texts(row["answers"], "answers", place)
-    return row["plot_id"], row["plot"], Turn(row["question"].strip(), tuple(dict.fromkeys(answer.strip() for answer in answers)))
+    turn = Turn(spoken(row, "question", place), tuple(dict.fromkeys(answer.strip() for answer in answers)))
+    return row["plot_id"], row["plot"], turn
 
 
 def _passages(rows: Iterable[tuple[str, str, Turn]]) -> Iterator[Example]:

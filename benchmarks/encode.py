@@ -1,0 +1,78 @@
+"""Encoding a context: against a plain forward pass over as many tokens, and by the length of the context.
+
+    python benchmarks/encode.py                                        # SmolLM2-135M, on two cores
+    python benchmarks/encode.py --model qwen3-8b --lengths 256 1024 4096
+
+The plain pass is the backbone's own over context and memory tokens, without vocabulary logits. Encoding does more: the meta LoRA in
+every linear and the M2P transformer at the end. How much more is arithmetic (`shine.flops`); what the time adds beyond it is ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from machine import Ratio, alternate, describe, peak_memory, ratio_with_spread
+from subject import MODELS, Subject, load, tokens
+
+from shine.flops import encoding_flops, forward_flops
+
+
+def main() -> None:
+    """Measure every length."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[256, 1024, 4096], help="tokens of the context (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    subject = load(args.model, device=args.device)
+    print(f"{args.model} on {describe(subject.device)}, {subject.hypernetwork.memory_tokens.shape[0]} memory tokens\n")
+    head = f"{'context':>8} {'encoding':>10} {'a token':>10} {'plain pass':>11} {'times as long':>28}"
+    print(f"{head} {'arithmetic':>11} {'of it':>6} {'peak':>10}")
+    a_token: list[float] = []
+    for length in args.lengths:
+        encoding, plain, peak = measure(subject, length, rounds=args.rounds)
+        ratio = ratio_with_spread(encoding, plain)
+        spent = median(encoding)
+        a_token.append(spent / length)
+        print(_line(subject, length, spent=spent, plain=median(plain), ratio=ratio, peak=peak), flush=True)
+    print(f"\na token of {args.lengths[-1]:,} takes {a_token[-1] / a_token[0]:.2f} times as long as one of {args.lengths[0]:,}")
+
+
+def measure(subject: Subject, length: int, *, rounds: int) -> tuple[list[float], list[float], int]:
+    """Seconds of encoding and of the plain pass in each round, and the bytes held while encoding."""
+    backbone, hypernetwork = subject.backbone, subject.hypernetwork
+    context = tokens(1, length, backbone)
+    longer = tokens(1, length + hypernetwork.memory_tokens.shape[0], backbone)
+
+    @torch.inference_mode()
+    def encode() -> None:
+        hypernetwork(backbone, context, None)
+
+    @torch.inference_mode()
+    def read() -> None:
+        backbone.hidden(longer, None, lora=None)
+
+    runs: dict[str, Callable[[], object]] = {"encode": encode, "read": read}
+    seconds = alternate(runs, rounds=rounds, device=subject.device)
+    return seconds["encode"], seconds["read"], peak_memory(encode, subject.device)
+
+
+def _line(subject: Subject, length: int, *, spent: float, plain: float, ratio: Ratio, peak: int) -> str:
+    memory = subject.hypernetwork.memory_tokens.shape[0]
+    more = encoding_flops(subject.backbone, subject.hypernetwork, read=length)
+    allowed = more / forward_flops(subject.backbone, tokens=length + memory, predicted=0)
+    spread = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+    return (
+        f"{length:>8,} {spent:>8.3f} s {spent / length * 1e6:>7,.0f} us {plain:>9.3f} s {spread:>28} {allowed:>11.2f} "
+        f"{ratio.median / allowed:>6.2f} {peak / 2**30:>6.2f} GiB"
+    )
+
+
+if __name__ == "__main__":
+    main()

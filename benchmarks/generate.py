@@ -1,0 +1,77 @@
+"""Answering: adapters of different contexts side by side, one adapter merged into the weights, and turns that reuse their prompt.
+
+    python benchmarks/generate.py                                      # SmolLM2-135M, on two cores
+    python benchmarks/generate.py --model qwen3-8b --batch 16
+
+Every way writes the same number of new tokens after the same prompts, greedily, with a KV cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from machine import alternate, describe, ratio_with_spread
+from subject import MODELS, Subject, load, tokens
+
+from shine.backbone import Backbone
+from shine.lora import LoRA
+
+
+def main() -> None:
+    """Measure the ways in turns."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
+    parser.add_argument("--batch", type=int, default=16, help="contexts side by side (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a question (default: %(default)s)")
+    parser.add_argument("--context", type=int, default=344, help="tokens of a context (default: %(default)s)")
+    parser.add_argument("--new", type=int, default=16, help="tokens of an answer (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    subject = load(args.model, device=args.device)
+    print(
+        f"{args.model} on {describe(subject.device)}: {args.batch} questions of {args.prompt} tokens, {args.new} new tokens each\n"
+    )
+    with torch.inference_mode():
+        lora = subject.hypernetwork(subject.backbone, tokens(args.batch, args.context, subject.backbone), None)
+    ways = answering(subject, lora, prompt=args.prompt, new=args.new)
+    seconds = alternate(ways, rounds=args.rounds, device=subject.device)
+    for name, times in seconds.items():
+        ratio = ratio_with_spread(seconds["one by one"], times)
+        print(f"{name:34} {median(times):8.3f} s  {args.batch / median(times):7.2f} answers/s  {ratio} times as fast as one by one")
+
+
+def answering(subject: Subject, lora: LoRA, *, prompt: int, new: int) -> dict[str, Callable[[], object]]:
+    """Ways to answer one question under each adapter of ``lora``; each takes the whole batch through."""
+    questions = tokens(lora.batch, prompt, subject.backbone)
+    seen = torch.ones_like(questions)
+
+    def generate(backbone: Backbone, rows: slice, lora: LoRA | None) -> None:
+        backbone.generate(questions[rows], seen[rows], lora=lora, max_new_tokens=new, min_new_tokens=new, stop_ids=None, pad_id=0)
+
+    rows = [slice(number, number + 1) for number in range(lora.batch)]
+    alone = [lora.select([number]) for number in range(lora.batch)]
+    merged = subject.backbone.merged(alone[0])
+
+    def one_by_one() -> None:
+        for row, adapter in zip(rows, alone, strict=True):
+            generate(subject.backbone, row, adapter)
+
+    def one_by_one_merged() -> None:
+        for row in rows:
+            generate(merged, row, None)
+
+    return {
+        "one by one": one_by_one,
+        "one by one, one adapter merged": one_by_one_merged,
+        "side by side": lambda: generate(subject.backbone, slice(None), lora),
+        "side by side, one adapter merged": lambda: generate(merged, slice(None), None),
+        "side by side, no adapter": lambda: generate(subject.backbone, slice(None), None),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What the benchmarks measure: a backbone and its hypernetwork in two precisions, and examples of stated lengths."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from machine import configured
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+
+from shine import attention
+from shine.backbone import Backbone
+from shine.chat import IGNORE
+from shine.config import HypernetworkConfig, TrainConfig
+from shine.data.samples import Sample
+from shine.hypernetwork import Hypernetwork
+from shine.zoo import find_device, load_model, resolve, without_progress_bars
+
+EXPERIMENTS = {"smollm2-135m": "smollm2", "cpu-world": "cpu_world"}
+"""Models with weights, and the experiment whose hypernetwork they get."""
+QWEN3 = {
+    "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "qwen3-1.7b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "qwen3-8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
+}
+"""Shapes that get random weights on the device: nothing measured here depends on what they are."""
+MODELS = (*EXPERIMENTS, *QWEN3)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backbone in the precision that SHINE trains in, the same weights in float32, and one hypernetwork for both.
+
+    Attributes:
+        precise: float32, for the recipe's way; ``None`` where it was not asked for.
+        plain: makes the backbone's model without hooks, on the same weights.
+    """
+
+    name: str
+    backbone: Backbone
+    precise: Backbone | None
+    hypernetwork: Hypernetwork
+    device: torch.device
+    plain: Callable[[], PreTrainedModel]
+
+
+def load(name: str, *, device: str = "auto", precise: bool = False, activation_checkpointing: bool = False) -> Subject:
+    """One of `MODELS`.
+
+    Args:
+        device: ``auto`` takes CUDA where there is some.
+        precise: hold the weights in float32 too.
+    """
+    place = find_device(device)
+    experiment = EXPERIMENTS.get(name, name)
+    config = configured(TrainConfig, "train", [f"experiment={experiment}", "output=none"])
+    attention.register()
+    with without_progress_bars():
+        model: Any = _with_weights(name) if name in EXPERIMENTS else _with_random_weights(name, place)
+    twin = copy.deepcopy(model).float() if precise else None
+    model = model.to(place, torch.bfloat16)
+    model.set_attn_implementation(attention.NAME if place.type == "cpu" else "sdpa")
+    plain = functools.partial(_same_weights, _same_weights(model.eval().requires_grad_(False)))
+    targets = config.hypernetwork.targets
+    backbone = Backbone(model, targets=targets, activation_checkpointing=activation_checkpointing)
+    exact = None
+    if twin is not None:
+        twin.set_attn_implementation("sdpa")
+        exact = Backbone(twin.to(place), targets=targets)
+    return Subject(name, backbone, exact, _hypernetwork(config.hypernetwork, backbone), place, plain)
+
+
+def examples(lengths: Sequence[tuple[int, int, int]], *, vocabulary_size: int) -> list[Sample]:
+    """Random tokens of these lengths: of the context, of the conversation, and how many tokens at its end are labels."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(vocabulary_size, (count,), generator=generator).tolist()
+
+    drawn = []
+    for number, (context, conversation, labels) in enumerate(lengths):
+        ids = draw(conversation)
+        marks = [IGNORE] * (conversation - labels) + ids[conversation - labels :]
+        drawn.append(Sample(id=str(number), context_ids=draw(context), input_ids=ids, labels=marks))
+    return drawn
+
+
+def tokens(rows: int, length: int, backbone: Backbone) -> Tensor:
+    """Random token ids ``[rows, length]`` on the backbone's device."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(backbone.vocabulary_size, (rows, length), generator=generator).to(backbone.device)
+
+
+def _with_weights(name: str) -> PreTrainedModel:
+    model: PreTrainedModel = load_model(resolve(name), dtype=torch.float32)
+    return model
+
+
+def _with_random_weights(name: str, device: torch.device) -> PreTrainedModel:
+    shape: dict[str, Any] = {**QWEN3[name], "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936}
+    config = Qwen3Config(**shape, tie_word_embeddings=name != "qwen3-8b", rms_norm_eps=1e-6, max_position_embeddings=40_960)
+    torch.manual_seed(0)
+    with device:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model
+
+
+def _same_weights(model: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def _hypernetwork(config: HypernetworkConfig, backbone: Backbone) -> Hypernetwork:
+    torch.manual_seed(0)
+    with backbone.device:
+        hypernetwork = Hypernetwork(config, backbone)
+        # A fresh hypernetwork writes almost nothing: with B of the meta LoRA at zero, a fault in it would not show.
+        for name, parameter in hypernetwork.named_parameters():
+            if name.startswith("meta_lora.") and name.endswith(".B"):
+                torch.nn.init.normal_(parameter, std=0.02)
+    return hypernetwork

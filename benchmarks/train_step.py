@@ -1,0 +1,226 @@
+"""A training step: ours, the published recipe's, and an ordinary LoRA fine-tuning step, in turns on the same examples.
+
+    python benchmarks/train_step.py                                    # SmolLM2-135M, on two cores
+    python benchmarks/train_step.py --model qwen3-8b --batch 1          # random weights of that shape, on a GPU
+    python benchmarks/train_step.py --profile                           # where our step spends its time
+
+Useful tokens are those of contexts and conversations; padding and memory tokens are not counted. A share of the matrix rate is the
+arithmetic of `shine.flops` over the time, over the rate at which this machine multiplies matrices of the model's shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from machine import alternate, copy_bandwidth, describe, gemm_rate, linear_shapes, peak_memory, ratio_with_spread
+from peft import LoraConfig, get_peft_model
+from recipe import recipe_step
+from subject import MODELS, Subject, examples, load
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from shine.config import StageConfig
+from shine.data.samples import Sample
+from shine.flops import fine_tuning_flops, training_flops
+from shine.training.distributed import Ranks
+from shine.training.guard import Guard
+from shine.training.optimizer import build_optimizer
+from shine.training.step import training_step
+
+MQA_LENGTHS = Path(__file__).resolve().parent / "mqa_lengths.json"
+"""Context, conversation and label tokens of 64 passages of RACE and SQuAD, each with all its questions, from short to long."""
+ROWS = {
+    "pretrain": ("full groups of pretraining, 1141/1150", (1141, 1150, 1141)),
+    "mqa": ("real mqa lengths (RACE, SQuAD), padded to 1150/1150 by the recipe", (1150, 1150, 0)),
+    "1qa": ("long contexts of 1qa, 2380/100", (2380, 100, 30)),
+}
+
+
+def main() -> None:
+    """Measure the rows asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=["pretrain", "mqa"])
+    parser.add_argument(
+        "--batch", type=int, default=4, help="mqa samples in a batch; the other rows take one (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in our backward pass")
+    parser.add_argument("--without", nargs="+", choices=("recipe", "peft"), default=[], help="leave a comparison out")
+    parser.add_argument("--profile", action="store_true", help="print where our step spends its time, and nothing else")
+    args = parser.parse_args()
+    subject = load(
+        args.model, device=args.device, precise="recipe" not in args.without, activation_checkpointing=args.checkpointing
+    )
+    print(f"{args.model} on {describe(subject.device)}", flush=True)
+    if args.profile:
+        for row in args.rows:
+            show_profile(subject, lengths_of(row, args.batch))
+        return
+    shapes = linear_shapes(subject.backbone, rows=1024)
+    rate = gemm_rate(shapes, dtype=torch.bfloat16, device=subject.device)
+    precise = gemm_rate(shapes, dtype=torch.float32, device=subject.device)
+    print(
+        f"matrix products of its linears: {rate / 1e9:,.0f} GFLOP/s bfloat16, {precise / 1e9:,.0f} float32; "
+        f"copying {copy_bandwidth(subject.device) / 1e9:,.0f} GB/s",
+        flush=True,
+    )
+    for row in args.rows:
+        measure(subject, row, batch=args.batch, rounds=args.rounds, rate=rate, precise_rate=precise, without=args.without)
+
+
+def measure(
+    subject: Subject, row: str, *, batch: int, rounds: int, rate: float, precise_rate: float, without: Sequence[str]
+) -> None:
+    """One row: seconds of each way in turns, and what they mean."""
+    title, (context, conversation, _) = ROWS[row]
+    lengths = lengths_of(row, batch)
+    samples = examples(lengths, vocabulary_size=subject.backbone.vocabulary_size)
+    useful = sum(sample.tokens for sample in samples)
+    runs: dict[str, Callable[[], object]] = {"shine": (ours := Ours(subject, samples))}
+    if "recipe" not in without:
+        runs["recipe"] = (theirs := Theirs(subject, samples, context, conversation))
+    if "peft" not in without:
+        runs["peft"] = FineTuning(subject, samples)
+    seconds = alternate(runs, rounds=rounds, device=subject.device)
+    flops = sum(training_flops(subject.backbone, subject.hypernetwork, read=c, answered=q, labels=n) for c, q, n in lengths)
+    print(f"\n{title}: {len(samples)} sample(s), {useful:,} useful tokens, {flops / 1e12:.2f} TFLOP")
+    for name, run in runs.items():
+        spent = median(seconds[name])
+        peak = peak_memory(run, subject.device)
+        print(f"  {name:8} {spent:8.3f} s  {useful / spent:9,.0f} useful tokens/s  peak {peak / 2**30:6.2f} GiB", flush=True)
+    print(f"  share of the bfloat16 matrix rate: {flops / median(seconds['shine']) / rate:.0%}")
+    if "recipe" in runs:
+        padded = len(samples) * recipe_flops(subject, context, conversation)
+        bound = padded / flops * rate / precise_rate
+        print(f"  against the recipe: {ratio_with_spread(seconds['recipe'], seconds['shine'])} times as fast")
+        print(
+            f"  with every product of both at the matrix rate: {bound:.2f} "
+            f"(arithmetic {padded / flops:.2f}, rates {rate / precise_rate:.2f})"
+        )
+        difference = abs(ours.loss - theirs.loss) / theirs.loss
+        print(f"  losses {ours.loss:.4f} and {theirs.loss:.4f}, {difference:.2%} apart")
+        if difference > 0.02:
+            raise SystemExit("the two steps do not compute the same loss: bfloat16 explains 2 % at most")
+    if "peft" in runs:
+        plain = sum(
+            fine_tuning_flops(subject.backbone, tokens=c + q, predicted=c + q, rank=subject.hypernetwork.layout.rank)
+            for c, q, _ in lengths
+        )
+        ratio = ratio_with_spread(seconds["peft"], seconds["shine"])
+        print(f"  against a LoRA fine-tuning step over the same tokens: {ratio} times as fast")
+        print(f"  arithmetic alone allows {plain / flops:.2f}, {ratio.median / (plain / flops):.2f} of it is reached")
+
+
+def lengths_of(row: str, batch: int) -> list[tuple[int, int, int]]:
+    """Context, conversation and label tokens of each sample."""
+    if row != "mqa":
+        return [ROWS[row][1]]
+    known = [(context, conversation, labels) for context, conversation, labels in json.loads(MQA_LENGTHS.read_text())]
+    mean = sum(context + conversation for context, conversation, _ in known) / len(known)
+    # Neighbours in length, as `length_window` makes batches, around the mean.
+    return sorted(known, key=lambda lengths: abs(lengths[0] + lengths[1] - mean))[:batch]
+
+
+def recipe_flops(subject: Subject, context: int, conversation: int) -> float:
+    """Arithmetic of the recipe's step on one sample: padding and unread logits included."""
+    backbone, memory = subject.backbone, subject.hypernetwork.memory_tokens.shape[0]
+    padded = training_flops(backbone, subject.hypernetwork, read=context, answered=conversation, labels=conversation)
+    return padded + 2 * (context + memory) * backbone.vocabulary_size * backbone.hidden_size
+
+
+class Ours:
+    """Our step, whole: collating, both passes, clipping, optimizer."""
+
+    def __init__(self, subject: Subject, samples: Sequence[Sample]) -> None:
+        stage = StageConfig("mqa", 8192, 8192, learning_rate=1e-4, warmup_steps=0)
+        optimizer = still(build_optimizer(subject.hypernetwork, stage))
+        self._step = partial(
+            training_step,
+            subject.hypernetwork,
+            subject.backbone,
+            samples,
+            optimizer=optimizer,
+            micro_batch_size=len(samples),
+            clip=1.0,
+            pad_id=0,
+            ranks=Ranks(),
+            guard=Guard(stage),
+        )
+        self.loss = 0.0
+
+    def __call__(self) -> None:
+        self.loss = self._step().loss
+
+
+class Theirs:
+    """The recipe's step."""
+
+    def __init__(self, subject: Subject, samples: Sequence[Sample], context: int, conversation: int) -> None:
+        assert subject.precise is not None
+        self._step = partial(
+            recipe_step,
+            subject.hypernetwork,
+            subject.precise,
+            samples,
+            optimizer=still(torch.optim.AdamW(subject.hypernetwork.parameters())),
+            context_length=context,
+            conversation_length=conversation,
+        )
+        self.loss = 0.0
+
+    def __call__(self) -> None:
+        self.loss = self._step()
+
+
+class FineTuning:
+    """An ordinary step of PEFT's LoRA on the same tokens, context and conversation one sequence, through transformers' own loss."""
+
+    def __init__(self, subject: Subject, samples: Sequence[Sample]) -> None:
+        hypernetwork = subject.hypernetwork
+        config = LoraConfig(r=hypernetwork.layout.rank, target_modules=list(hypernetwork.config.targets))
+        self._model = get_peft_model(subject.plain(), config, autocast_adapter_dtype=False)
+        self._optimizer = still(torch.optim.AdamW(p for p in self._model.parameters() if p.requires_grad))
+        longest = max(sample.tokens for sample in samples)
+        rows = [(sample.context_ids + sample.input_ids, [-100] * len(sample.context_ids) + sample.labels) for sample in samples]
+        gaps = [longest - len(ids) for ids, _ in rows]
+        padded = [
+            ([0] * gap + ids, [0] * gap + [1] * len(ids), [-100] * gap + marks)
+            for gap, (ids, marks) in zip(gaps, rows, strict=True)
+        ]
+        self._ids, self._mask, self._labels = (torch.tensor(column, device=subject.device) for column in zip(*padded, strict=True))
+
+    def __call__(self) -> None:
+        self._optimizer.zero_grad()
+        self._model(input_ids=self._ids, attention_mask=self._mask, labels=self._labels, use_cache=False).loss.backward()
+        nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+
+
+def still(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer at rate zero: it works and changes nothing, so that each round sees the same weights."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    return optimizer
+
+
+def show_profile(subject: Subject, lengths: Sequence[tuple[int, int, int]]) -> None:
+    """The operators that take most of one step of ours."""
+    step = Ours(subject, examples(lengths, vocabulary_size=subject.backbone.vocabulary_size))
+    step()
+    cuda = subject.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
+        step()
+    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))
+
+
+if __name__ == "__main__":
+    main()

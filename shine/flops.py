@@ -1,0 +1,76 @@
+"""How much arithmetic a pass is, in FLOPs; a multiplication with its addition is two.
+
+A linear of ``N`` weights costs ``2 N`` a token forward, ``2 N`` for the gradient of its input and ``2 N`` for that of its weights:
+4 N a token in training where it is frozen, 6 N where it is trained. Attention counts its scores and its mixture on one side of the
+diagonal.
+Norms, activations, softmax and embeddings are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from shine.backbone import Backbone
+from shine.hypernetwork import Hypernetwork
+
+
+def training_flops(backbone: Backbone, hypernetwork: Hypernetwork, *, read: int, answered: int, labels: int) -> float:
+    """A training step on one sample; activation checkpointing adds the second forward pass.
+
+    Args:
+        read: context tokens.
+        answered: tokens of the conversation.
+        labels: those of them that are learned; only they meet the vocabulary.
+    """
+    memory = hypernetwork.memory_tokens.shape[0]
+    again = 2 if backbone.activation_checkpointing else 0
+    linears = (4 + again) * _weights(backbone.layers) * (read + memory + answered)
+    meta = (6 + again) * (read + memory) * sum(parameter.numel() for parameter in hypernetwork.meta_lora.parameters())
+    generated = (6 + again) * answered * _generated(backbone, hypernetwork)
+    attention = (6 + again) * _attention(backbone) * ((read + memory) ** 2 + answered**2)
+    return linears + meta + generated + attention + 4 * labels * _vocabulary(backbone) + 3 * _m2p(backbone, hypernetwork)
+
+
+def encoding_flops(backbone: Backbone, hypernetwork: Hypernetwork, *, read: int) -> float:
+    """Making the LoRA of one context of ``read`` tokens."""
+    tokens = read + hypernetwork.memory_tokens.shape[0]
+    meta = 2 * tokens * sum(parameter.numel() for parameter in hypernetwork.meta_lora.parameters())
+    return forward_flops(backbone, tokens=tokens, predicted=0) + meta + _m2p(backbone, hypernetwork)
+
+
+def forward_flops(backbone: Backbone, *, tokens: int, predicted: int) -> float:
+    """The plain model on one sequence, with vocabulary logits of the ``predicted`` positions."""
+    linears = 2 * _weights(backbone.layers) * tokens
+    return linears + 2 * _attention(backbone) * tokens**2 + 2 * predicted * _vocabulary(backbone)
+
+
+def fine_tuning_flops(backbone: Backbone, *, tokens: int, predicted: int, rank: int) -> float:
+    """A training step of an ordinary LoRA of ``rank`` on one sequence of the frozen model."""
+    adapter = sum(shape.parameters(rank) for row in backbone.linear_shapes for shape in row)
+    linears = (4 * _weights(backbone.layers) + 6 * adapter) * tokens
+    return linears + 6 * _attention(backbone) * tokens**2 + 4 * predicted * _vocabulary(backbone)
+
+
+def _weights(modules: Iterable[nn.Module]) -> int:
+    return sum(m.weight.numel() for module in modules for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _generated(backbone: Backbone, hypernetwork: Hypernetwork) -> int:
+    return sum(shape.parameters(hypernetwork.layout.rank) for row in backbone.linear_shapes for shape in row)
+
+
+def _attention(backbone: Backbone) -> int:
+    """Multiplied with the square of the length: a forward pass takes two of it."""
+    width = sum(shape.out_features for shape in backbone.linear_shapes[0] if shape.path.endswith("q_proj")) or backbone.hidden_size
+    return len(backbone.linear_shapes) * width
+
+
+def _vocabulary(backbone: Backbone) -> int:
+    return backbone.vocabulary_size * backbone.hidden_size
+
+
+def _m2p(backbone: Backbone, hypernetwork: Hypernetwork) -> int:
+    """A forward pass of the M2P transformer over every memory state."""
+    return 2 * len(backbone.linear_shapes) * hypernetwork.memory_tokens.shape[0] * _weights(hypernetwork.m2p.layers)

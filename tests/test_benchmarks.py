@@ -1,0 +1,89 @@
+"""The benchmarks run, and what they compare computes the same."""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_hypernetwork_config, tiny_model
+
+from shine.backbone import Backbone
+from shine.data.batching import collate
+from shine.data.samples import Sample
+from shine.hypernetwork import Hypernetwork
+from shine.training.step import label_losses
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a script at that place imports."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def test_the_recipes_loss_and_gradients_are_ours() -> None:
+    """In float32, padded to more than the sample needs."""
+    from recipe import recipe_loss
+
+    torch.manual_seed(0)
+    backbone = Backbone(tiny_model())
+    hypernetwork = Hypernetwork(tiny_hypernetwork_config(), backbone)
+    ids = list(range(10, 30))
+    sample = Sample(id="a", context_ids=list(range(40, 71)), input_ids=ids, labels=[-100] * 8 + ids[8:])
+    ours, _ = label_losses(hypernetwork, backbone, collate([sample], pad_id=0))
+    theirs = recipe_loss(hypernetwork, backbone, sample, context_length=40, conversation_length=33)
+    torch.testing.assert_close(theirs, ours.sum(), rtol=1e-5, atol=1e-5)
+    parameters = list(hypernetwork.parameters())
+    for a, b in zip(torch.autograd.grad(ours.sum(), parameters), torch.autograd.grad(theirs, parameters), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_fine_tuning_has_a_model_of_its_own_on_the_same_weights() -> None:
+    from subject import load
+
+    subject = load("cpu-world", device="cpu")
+    before = copy.deepcopy(dict(subject.backbone.model.named_parameters()))
+    ids = torch.arange(8)[None] + 10
+    expected = subject.backbone.model(input_ids=ids).logits
+    plain = subject.plain()
+    assert torch.equal(plain(input_ids=ids).logits, expected)
+    assert {p.data_ptr() for p in plain.parameters()} == {p.data_ptr() for p in subject.backbone.model.parameters()}
+    plain.get_submodule("model.layers.0").register_forward_hook(lambda *_: 1 / 0)
+    assert torch.equal(subject.backbone.model(input_ids=ids).logits, expected)
+    assert before.keys() == dict(subject.plain().named_parameters()).keys()
+
+
+def run(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the script prints."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments, "--model", "cpu-world", "--device", "cpu", "--rounds", "1"])
+    module = __import__(name)
+    module.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_training_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    said = run("train_step", ["--rows", "mqa", "--batch", "2"], monkeypatch, capsys)
+    rates = dict(re.findall(r"^  (\w+) +[\d.]+ s +([\d,]+) useful tokens/s", said, flags=re.M))
+    assert rates.keys() == {"shine", "recipe", "peft"}
+    assert re.search(r"share of the bfloat16 matrix rate: \d+%", said)
+    losses = re.search(r"losses ([\d.]+) and ([\d.]+), [\d.]+% apart", said)
+    assert losses is not None
+    assert float(losses[1]) == pytest.approx(float(losses[2]), rel=0.02)
+    assert "arithmetic alone allows" in said
+
+
+def test_encoding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    said = run("encode", ["--lengths", "32", "64"], monkeypatch, capsys)
+    assert re.search(r"^ +64 +[\d.]+ s", said, flags=re.M)
+    assert re.search(r"a token of 64 takes [\d.]+ times as long as one of 32", said)
+
+
+def test_answering(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    said = run("generate", ["--batch", "2", "--context", "40", "--new", "2", "--prompt", "8"], monkeypatch, capsys)
+    assert said.count("answers/s") == 5

@@ -1,0 +1,65 @@
+"""The formulas of shine.flops against PyTorch's own count of what is multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import counted_flops
+
+from shine.backbone import Backbone
+from shine.config import HypernetworkConfig, M2PConfig
+from shine.data.batching import collate
+from shine.data.samples import Sample
+from shine.flops import encoding_flops, forward_flops, training_flops
+from shine.hypernetwork import Hypernetwork
+from shine.training.step import label_losses
+
+READ, ANSWERED, LABELS = 40, 30, 20
+
+
+@pytest.fixture
+def pair(make_backbone: Callable[..., Backbone]) -> tuple[Backbone, Hypernetwork]:
+    backbone = make_backbone()
+    return backbone, Hypernetwork(HypernetworkConfig(rank=2, meta_rank=4, m2p=M2PConfig(layers=2)), backbone)
+
+
+def other_side(backbone: Backbone, *lengths: int) -> int:
+    """Scores and mixtures above the diagonal: computed within a block of queries, not in the formula. A forward pass."""
+    width, layers = backbone.hidden_size, len(backbone.linear_shapes)
+    return sum(2 * width * layers * length**2 for length in lengths)
+
+
+def mixing(backbone: Backbone, hypernetwork: Hypernetwork) -> int:
+    """Scores and mixtures of the M2P transformer, one layer over each axis, not in the formula. A forward pass."""
+    memory, layers, width = hypernetwork.memory_tokens.shape[0], len(backbone.linear_shapes), backbone.hidden_size
+    return 4 * width * memory * layers * (memory + layers)
+
+
+def test_a_training_step(pair: tuple[Backbone, Hypernetwork]) -> None:
+    backbone, hypernetwork = pair
+    ids = list(range(10, 10 + ANSWERED))
+    labels = [-100] * (ANSWERED - LABELS) + ids[-LABELS:]
+    batch = collate([Sample(id="a", context_ids=list(range(50, 50 + READ)), input_ids=ids, labels=labels)], pad_id=0)
+    found = counted_flops(lambda: label_losses(hypernetwork, backbone, batch)[0].sum().backward())
+    formula = training_flops(backbone, hypernetwork, read=READ, answered=ANSWERED, labels=LABELS)
+    read = READ + hypernetwork.memory_tokens.shape[0]
+    left_out = 3 * other_side(backbone, read, ANSWERED) + 3 * mixing(backbone, hypernetwork)
+    # Nothing is trained below the first layer of the answering pass: its queries, keys and values need no gradient of their input.
+    first = [shape for shape in backbone.linear_shapes[0] if shape.path.endswith(("q_proj", "k_proj", "v_proj"))]
+    rank = hypernetwork.layout.rank
+    not_needed = sum(2 * ANSWERED * shape.in_features * (shape.out_features + rank) for shape in first)
+    assert found == formula + left_out - not_needed
+
+
+def test_encoding_and_the_plain_model(pair: tuple[Backbone, Hypernetwork]) -> None:
+    backbone, hypernetwork = pair
+    ids = torch.arange(READ)[None]
+    with torch.no_grad():
+        found = counted_flops(lambda: hypernetwork(backbone, ids, None))
+        plain = counted_flops(lambda: backbone.model(input_ids=ids, use_cache=False))
+    read = READ + hypernetwork.memory_tokens.shape[0]
+    left_out = other_side(backbone, read) + mixing(backbone, hypernetwork)
+    assert found == encoding_flops(backbone, hypernetwork, read=READ) + left_out
+    assert plain == forward_flops(backbone, tokens=READ, predicted=READ) + other_side(backbone, READ)
