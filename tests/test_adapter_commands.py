@@ -365,6 +365,7 @@ def test_a_conversation_in_a_terminal(notes: Path) -> None:
             ("Where does Umar live?", "Selkirk"),
             ("/strength 0.5", r"strength 0\.5"),
             ("/strength much", r"strength is 0\.5; a number sets it"),
+            ("/strength nan", r"strength is 0\.5; a number sets it"),
             ("/help", "/reset forgets the conversation"),
             ("/reset", "a new conversation"),
             ("/strength 1", "strength 1"),
