@@ -10,6 +10,8 @@
 #           several nodes, the same command on each; under SLURM (sbatch --nodes=N) all of it is found
 set -eu
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
+# torchrun's --signals-to-handle, which one of torch 2.8 does not have, and as a variable does not mind.
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
 
 gpus() {
     if [ -n "${GPUS:-}" ]; then

@@ -189,12 +189,15 @@ def engines() -> None:
                 f"{error}\n\nllama.cpp needs a C++ compiler (Debian, Ubuntu: apt install g++). Without all this: `make test`, or "
                 "`.venv/bin/python -m pytest`, which skips the tests of llama.cpp and the page and says so."
             ) from None
-    if not any(map(shutil.which, BROWSERS)):
+    if not any(map(shutil.which, BROWSERS)) and not os.environ.get("NO_CHROMIUM"):
         try:
             with phase("asking Playwright for a Chromium, since there is none here"):
                 run(python, "-m", "playwright", "install", "chromium")
-        except SetupError:
-            say("no Chromium: the test of the page will be skipped (Debian, Ubuntu: apt install chromium)")
+        except SetupError as error:
+            raise SetupError(
+                f"{error}\n\nThe test of the page drives a Chromium, and there is none. Debian, Ubuntu: apt install chromium. With "
+                "NO_CHROMIUM=1 before make that test is skipped instead."
+            ) from None
     ENGINES_READY.touch()
 
 

@@ -21,12 +21,13 @@ from shine.provenance import Provenance
 
 FORMAT = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "lora.safetensors"
+FILES = frozenset((CONFIG_FILE, WEIGHTS_FILE))
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def write_adapter(directory: Path, pairs: Pairs, provenance: Sequence[Provenance]) -> Path:
     """Write one adapter; see `shine.lora.LoRA.save`."""
-    may_replace(directory, names=frozenset((CONFIG_FILE, WEIGHTS_FILE)), what="adapter")
+    may_replace(directory, names=FILES, what="adapter")
     tensors = {
         f"{path}.{name}": matrix.contiguous() for path, pair in pairs.items() for name, matrix in zip("AB", pair, strict=True)
     }

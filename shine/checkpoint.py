@@ -204,7 +204,8 @@ def check_backbone(path: str | Path, *, config: BackboneConfig, found: Fingerpri
         if not config.allow_variant:
             raise ValueError(
                 f"{both}: the same architecture and vocabulary with other weights, quantised, dequantised or tuned; use the one "
-                "it was trained on, or backbone.allow_variant=true to try this one"
+                "it was trained on, or allow this one: backbone.allow_variant=true in a configuration, --allow-variant on the "
+                "command line, allow_variant=True in Python"
             )
 
 

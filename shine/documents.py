@@ -61,6 +61,8 @@ def read_document(file: Path, *, encoding: str = "utf-8") -> Document:
     Raises:
         ValueError: see `read_documents`.
     """
+    if not file.is_file():
+        raise ValueError(f"{file}: not a plain file (a pipe or device); give - and send it to standard input")
     size = file.stat().st_size
     if size > LARGEST:
         raise ValueError(f"{file}: {size / 1e6:,.0f} MB, at most {LARGEST / 1e6:.0f} MB are read: give the part that matters")
@@ -146,19 +148,18 @@ class _Text(HTMLParser):
 def _pdf(file: Path, _encoding: str) -> str:
     try:
         from pypdf import PdfReader
-        from pypdf.errors import PyPdfError
     except ImportError:
         raise ValueError(f"{file}: reading PDF takes an extra: {_EXTRA}") from None
     try:
         return "\n\n".join(page.extract_text() for page in PdfReader(file).pages)
-    except (PyPdfError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: not a PDF that can be read ({error}); save it again, or give its text") from None
+    # Damage surfaces as whatever the parser stumbles over.
+    except Exception as error:
+        raise ValueError(f"{file}: not a PDF that can be read ({_said(error)}); save it again, or give its text") from None
 
 
 def _docx(file: Path, _encoding: str) -> str:
     try:
         import docx
-        from docx.opc.exceptions import PackageNotFoundError
         from docx.table import Table
     except ImportError:
         raise ValueError(f"{file}: reading DOCX takes an extra: {_EXTRA}") from None
@@ -168,8 +169,12 @@ def _docx(file: Path, _encoding: str) -> str:
             "\n".join(" | ".join(cell.text for cell in row.cells) for row in block.rows) if isinstance(block, Table) else block.text
             for block in blocks
         )
-    except (PackageNotFoundError, KeyError, ValueError) as error:
-        raise ValueError(f"{file}: not a DOCX file that can be read ({error}); save it again, or give its text") from None
+    except Exception as error:
+        raise ValueError(f"{file}: not a DOCX file that can be read ({_said(error)}); save it again, or give its text") from None
+
+
+def _said(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 SUFFIXES: dict[str, Callable[[Path, str], str]] = {

@@ -162,6 +162,24 @@ def fetch(
     return names
 
 
+def revision_of(place: str) -> str | None:
+    """The hub's revision of what was downloaded, as far as it was recorded.
+
+    Args:
+        place: a folder, with the record that ``shine download`` or ``hf download`` left in it, or a hub id, of which the library's
+            cache holds what was asked for last.
+    """
+    folder = Path(place)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(place, "config.json")
+        return Path(config).parent.name if isinstance(config, str) else None
+    if records := sorted(folder.glob(".*.download.json"), key=lambda file: file.stat().st_mtime):
+        return str(json.loads(records[-1].read_text(encoding="utf-8"))["revision"])
+    return _list_local(Item("", place, "")).revision or None
+
+
 def size_of(count: float) -> str:
     """Bytes for people."""
     for unit in ("B", "kB", "MB"):

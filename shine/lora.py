@@ -80,7 +80,13 @@ class LoRA(Mapping[str, tuple[Tensor, Tensor]]):
         return max(a.shape[2] for a, _ in self.values())
 
     def scale(self, strength: float) -> LoRA:
-        """The update times ``strength`` (only ``B`` is scaled, so that the update is linear in it)."""
+        """The update times ``strength`` (only ``B`` is scaled, so that the update is linear in it).
+
+        Raises:
+            ValueError: the strength is infinite or not a number.
+        """
+        if not math.isfinite(strength):
+            raise ValueError(f"a strength of {strength}: give a finite number, such as 0.7")
         scaled = tuple(tuple(replace(p, strength=p.strength * strength) for p in spans) for spans in self.provenance)
         return LoRA({path: (a, b * strength) for path, (a, b) in self.items()}, scaled)
 
@@ -172,10 +178,12 @@ class LoRA(Mapping[str, tuple[Tensor, Tensor]]):
         Each is the span of the rank that its provenance tells; on a linear whose full rank is smaller than the span that full rank.
 
         Raises:
-            ValueError: the origin of this adapter is not known, or it is several side by side.
+            ValueError: the origin of this adapter is not known, it was reduced as a whole, or it is several side by side.
         """
         if len(self.provenance) != 1:
-            raise ValueError("only a single adapter of known origin can be taken apart")
+            raise ValueError("only a single adapter of known origin can be taken apart: take one with lora.select([i])")
+        if any(span.shared for span in self.provenance[0]):
+            raise ValueError("the contexts of this adapter share its rank, since their sum was reduced: join them again, unreduced")
         parts = []
         starts = dict.fromkeys(self, 0)
         for span in self.provenance[0]:
@@ -190,8 +198,8 @@ class LoRA(Mapping[str, tuple[Tensor, Tensor]]):
     def reduce(self, rank: int) -> tuple[LoRA, float]:
         """The nearest update of at most this rank, and the share of the squared norm that is left, from 0 to 1.
 
-        Exact, up to rounding, on a linear whose update has no higher rank. Spans of several contexts cannot be told apart any more,
-        so that only what comes from one context keeps its provenance.
+        Exact, up to rounding, on a linear whose update has no higher rank. Several contexts share the rank that is left: their
+        provenance says so, and `spans` cannot tell them apart any more.
         """
         weights: dict[str, tuple[Tensor, Tensor]] = {}
         kept = total = 0.0
@@ -209,9 +217,12 @@ class LoRA(Mapping[str, tuple[Tensor, Tensor]]):
             left, right = q_a @ u[:, :, :limit] * root[:, None, :], root[:, :, None] * (v[:, :limit] @ q_b.mT)
             weights[path] = (left.to(a.dtype), right.to(b.dtype))
         share = kept / total if total else 1.0
-        alone = all(len(spans) == 1 for spans in self.provenance)
-        rank = min(rank, self.rank)
-        described = tuple((replace(spans[0], rank=rank, kept=spans[0].kept * share),) for spans in self.provenance) if alone else ()
+        if rank >= self.rank:
+            return LoRA(weights, self.provenance), share
+        described = tuple(
+            tuple(replace(p, rank=rank, kept=p.kept * share, shared=p.shared or len(spans) > 1) for p in spans)
+            for spans in self.provenance
+        )
         return LoRA(weights, described), share
 
     def cosine(self) -> Tensor:

@@ -134,10 +134,16 @@ class Shine:
             A LoRA of batch one for a text, of batch ``B`` for ``B`` texts; ``lora.select([i])`` takes one of them.
 
         Raises:
-            ValueError: there is no text, or nothing in it, or several texts need different ranks.
+            ValueError: there is no text, or nothing in it, several texts need different ranks, or an option has no such value.
         """
         texts = [contexts] if isinstance(contexts, str) else list(contexts)
         names = [None] * len(texts) if names is None else names
+        if len(names) != len(texts):
+            raise ValueError(f"{len(names)} names for {len(texts)} contexts: give one for each, or none at all")
+        if long not in ("split", "cut"):
+            raise ValueError(f"long={long!r}: a context that is too long is read in pieces, 'split', or to its limit, 'cut'")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: at least one piece is read at a time")
         if not texts or not all(text.strip() for text in texts):
             raise ValueError("a context is empty: give text to read")
         if max_rank is not None and max_rank < 1:

@@ -53,6 +53,7 @@ class Provenance:
         versions: of SHINE and the libraries beneath it.
         date: when it was made, in UTC, as ISO 8601 writes it.
         kept: share of the update's squared norm that is left after its rank was reduced; 1 where it was not.
+        shared: the rank is that of a sum of several contexts which was reduced, so that they cannot be told apart any more.
     """
 
     context: ContextRecord
@@ -63,6 +64,7 @@ class Provenance:
     date: str
     strength: float = 1.0
     kept: float = 1.0
+    shared: bool = False
 
 
 def sha256(text: str) -> str:

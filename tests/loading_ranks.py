@@ -1,4 +1,4 @@
-"""What torchrun starts in a test: a rank that loads a backbone as training does, and watches the memory of all ranks."""
+"""What torchrun starts in a test: a rank of a training that ends once its backbone is loaded, and the memory of all ranks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from runs import train_config
 
 from shine.config import BackboneConfig
+from shine.training import loop
 from shine.training.distributed import join_ranks
-from shine.zoo import load_backbone
 
 folder, dtype = Path(sys.argv[1]), sys.argv[2]
 
@@ -27,6 +31,26 @@ def held(pids: list[int]) -> dict[str, int]:
     }
 
 
+seen: dict[str, float] = {}
+real = loop.load_backbone
+
+
+def load_backbone(*args: Any, **options: Any) -> Any:
+    seen["began"] = time.monotonic()
+    loaded = real(*args, **options)
+    # Every weight is read once more, whatever the loading has read.
+    seen["total"] = sum(float(parameter.sum()) for parameter in loaded[0].model.parameters())
+    seen["ended"] = time.monotonic()
+    return loaded
+
+
+def loaded_only(_config: Any, *loaded: Any, **_options: Any) -> Any:
+    """In place of the run, which would go on to train: holds what it is given."""
+    return SimpleNamespace(go=lambda: loaded)
+
+
+loop.load_backbone = load_backbone
+loop._Run = loaded_only  # type: ignore[assignment, misc]
 with join_ranks("cpu") as ranks:
     pids = ranks.gather(os.getpid())
     before = held(pids)
@@ -41,17 +65,11 @@ with join_ranks("cpu") as ranks:
     watcher = threading.Thread(target=watch)
     if ranks.first:
         watcher.start()
-    with ranks.one_by_one():
-        began = time.monotonic()
-        loaded = load_backbone(
-            BackboneConfig(path=str(folder / "backbone"), dtype=dtype, device="cpu"), targets=("q_proj", "v_proj")
-        )
-        # Every weight is read once more, whatever the loading has read.
-        total = sum(float(parameter.sum()) for parameter in loaded[0].model.parameters())
-        ended = time.monotonic()
+    backbone = BackboneConfig(path=str(folder / "backbone"), dtype=dtype, device="cpu")
+    held_by_the_run = loop.train(train_config("", folder / "run", backbone=backbone))
     ranks.wait()
     done.set()
     if ranks.first:
         watcher.join()
-    (folder / f"rank-{ranks.rank}.json").write_text(json.dumps({**peak, "total": total, "began": began, "ended": ended}))
+    (folder / f"rank-{ranks.rank}.json").write_text(json.dumps({**peak, **seen}))
     ranks.wait()

@@ -20,7 +20,7 @@ from runs import train_config
 from torch import Tensor, nn
 
 from shine.cli.stages import train_and_evaluate
-from shine.training import step
+from shine.training import loop, step
 from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE
 from shine.training.validation import Validation
@@ -33,14 +33,31 @@ CONTEXT.set_forkserver_preload(["processes"])
 @dataclass(frozen=True)
 class Fault:
     """What goes wrong on rank 1: ``where``, in its ``call``-th micro-batch; for ``validation``, ``norm`` and ``draws`` (which is no
-    fault: each pass draws random numbers) from that call on."""
+    fault: each pass draws random numbers) from that call on; a name that the loop uses while it sets a run up refuses."""
 
-    where: Literal["loss", "gradient", "weight", "death", "validation", "norm", "draws"]
-    call: int
+    where: Literal[
+        "loss",
+        "gradient",
+        "weight",
+        "death",
+        "validation",
+        "norm",
+        "draws",
+        "look_into",
+        "load_backbone",
+        "build_samples",
+        "Validation",
+        "load_state",
+        "Monitor",
+    ]
+    call: int = 1
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         if self.where in ("validation", "norm"):
             self._disagree(monkeypatch)
+            return
+        if hasattr(loop, self.where):
+            monkeypatch.setattr(loop, self.where, self._refuse)
             return
         calls, real = itertools.count(1), step.label_losses
 
@@ -63,6 +80,9 @@ class Fault:
             return losses, right
 
         monkeypatch.setattr(step, "label_losses", label_losses)
+
+    def _refuse(self, *_args: Any, **_options: Any) -> None:
+        raise ValueError(f"rank 1 has no {self.where}")
 
     def _disagree(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Rank 1 measures a thousandfold of what rank 0 does."""
@@ -179,6 +199,6 @@ def wait_for_progress(output: Path, process: Any) -> None:
         time.sleep(0.002)
 
 
-def wait_for_a_directory_being_written(output: Path, process: Any) -> None:
-    while process.is_alive() and not list(output.glob(".step-*.partial")):
+def wait_for_a_directory_being_written(output: Path, process: Any, *, name: str = "step-*") -> None:
+    while process.is_alive() and not list(output.glob(f".{name}.partial")):
         time.sleep(0.0002)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ def test_clozes_hold_out_a_word_that_comes_once() -> None:
         make_clozes("One fish. Two birds.")
 
 
-def test_check_scores_and_exits(tmp_path: Path, run: Callable[..., str]) -> None:
+def test_check_scores_and_exits(tmp_path: Path, run: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "world.txt"
     file.write_text(World(seed=3000, facts=(6, 6), people=(3, 3)).example(3).context)
     found = json.loads(run("check", file, "--json", *MODEL))
@@ -197,6 +198,11 @@ def test_check_scores_and_exits(tmp_path: Path, run: Callable[..., str]) -> None
     assert found["with_adapter"]["loss"] < found["without"]["loss"]
     assert "The adapter knows its text" in run("check", file, *MODEL)
     run("encode", file, "-o", tmp_path / "a", *MODEL)
+    other = tmp_path / "other.txt"
+    other.write_text(World(seed=3000, facts=(6, 6), people=(3, 3)).example(5).context)
+    for text, noted in ((file, False), (other, True)):
+        main(["check", str(text), "--adapter", str(tmp_path / "a"), *MODEL])
+        assert (f"{tmp_path / 'a'} was made from another text than {text}" in capsys.readouterr().err) is noted
     # As if without the adapter: nothing is helped, which chance explains well.
     assert "cannot be told from chance" in run("check", file, "--adapter", tmp_path / "a", "--strength", 0, *MODEL, code=1)
 
@@ -243,6 +249,33 @@ def test_several_exports_go_side_by_side(notes: Path, adapter: Path, tmp_path: P
     assert "reduced to rank 2" in run("export", adapter, tmp_path / "other", "-o", tmp_path / "sum", "--join", "--max-rank", 2)
 
 
+def test_a_reduced_sum_says_where_it_comes_from(
+    notes: Path, adapter: Path, tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT.replace("Selkirk", "Arlow"))
+    run("encode", other, "-o", tmp_path / "other", *MODEL)
+    run("export", adapter, tmp_path / "other", "--join", "--max-rank", 2, "-o", tmp_path / "sum")
+    told = run("info", tmp_path / "sum")
+    assert "nobody recorded" not in told
+    assert told.count("rank          2 at strength 1, shared with the other contexts") == 2
+    assert all(name in told for name in ("notes.txt", "other.txt"))
+    joined = LoRA.concat([LoRA.load(adapter), LoRA.load(tmp_path / "other")])
+    reduced = joined.reduce(2)[0]
+    reduced.save(tmp_path / "kept")
+    with pytest.raises(ValueError, match="share its rank, since their sum was reduced: join them again"):
+        LoRA.load(tmp_path / "kept").spans()
+    assert len(joined.reduce(4)[0].spans()) == 2
+    tiny = Shine.from_pretrained("cpu-world", device="cpu")
+    tiny.check_fits(reduced)
+    foreign = tuple(
+        tuple(replace(span, backbone=replace(span.backbone, fingerprint="a-b-c", name="far/away")) for span in spans)
+        for spans in reduced.provenance
+    )
+    with pytest.raises(ValueError, match="made for backbone far/away"):
+        tiny.check_fits(replace(reduced, provenance=foreign))
+
+
 def test_the_store_from_the_command_line(notes: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     store = tmp_path / "store"
     assert run("store", "add", store, "notes", notes, *MODEL) == f"{store}/notes/1\n"
@@ -255,6 +288,13 @@ def test_the_store_from_the_command_line(notes: Path, tmp_path: Path, run: Calla
     run("store", "compose", store, "notes", "-o", tmp_path / "now")
     (turn,) = json.loads(run("chat", "--adapter", tmp_path / "now", "-q", "Where does Umar live?", "--json", *MODEL))
     assert turn["answer"] == "Arlow"
+    both = json.loads(run("store", "compose", store, "notes", "again", "-o", tmp_path / "both", "--strength", 0.5, "--json"))
+    assert both["rank"] == 4
+    assert [span["strength"] for span in both["contexts"]] == [0.5, 0.5]
+    half, now = LoRA.load(tmp_path / "both"), LoRA.load(tmp_path / "now")
+    assert half.inner(half) == pytest.approx(now.inner(now), rel=1e-4)
+    assert "(rank 2, 2 contexts" in run("store", "compose", store, "notes", "again", "-o", tmp_path / "less", "--max-rank", 2)
+    assert all(span.shared for span in LoRA.load(tmp_path / "less").provenance[0])
     assert run("store", "forget", store, "notes") == "forgot notes\n"
     assert "holds no adapter yet" in run("store", "list", tmp_path / "none")
 
@@ -325,6 +365,7 @@ def test_a_conversation_in_a_terminal(notes: Path) -> None:
             ("Where does Umar live?", "Selkirk"),
             ("/strength 0.5", r"strength 0\.5"),
             ("/strength much", r"strength is 0\.5; a number sets it"),
+            ("/strength nan", r"strength is 0\.5; a number sets it"),
             ("/help", "/reset forgets the conversation"),
             ("/reset", "a new conversation"),
             ("/strength 1", "strength 1"),
@@ -338,6 +379,21 @@ def test_a_conversation_in_a_terminal(notes: Path) -> None:
         terminal.expect(pexpect.EOF)
         terminal.close()
         assert terminal.exitstatus == 0
+
+
+def test_progress_is_shown_in_a_terminal(tmp_path: Path) -> None:
+    file = tmp_path / "long.txt"
+    file.write_text(" ".join(World(seed=8).example(index).context for index in range(16)))
+    command = ["-m", "shine.cli.main", "encode", str(file), "-o", str(tmp_path / "out"), *MODEL]
+    with pexpect.spawn(sys.executable, command, encoding="utf-8", timeout=60, dimensions=(30, 120)) as terminal:
+        terminal.expect(r"reading long\.txt: (\d+) of about (\d+) pieces")
+        done, total = map(int, terminal.match.groups())
+        terminal.expect(pexpect.EOF)
+        terminal.close()
+        assert terminal.exitstatus == 0
+    pieces = LoRA.load(tmp_path / "out").provenance[0][0].context.pieces
+    assert 0 < done <= pieces
+    assert pieces / 2 < total < 2 * pieces
 
 
 @pytest.mark.slow
@@ -375,3 +431,5 @@ def test_an_installed_shine_runs_what_the_readme_says(tmp_path: Path) -> None:
         [python, "-c", "import shine; print(shine.__file__)"], env=environment, cwd=tmp_path, capture_output=True
     )
     assert str(tmp_path / "venv") in where.stdout.decode()
+    # So that a type checker believes the annotations.
+    assert (Path(where.stdout.decode().strip()).parent / "py.typed").is_file()

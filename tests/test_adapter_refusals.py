@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import ADAPTER_TEXT as TEXT
 from conftest import tiny_model, tiny_tokenizer
+
+from shine import LoRA
+from shine.cli.main import main
 
 MODEL = ("--model", "cpu-world", "--device", "cpu")
 
@@ -70,6 +75,54 @@ def test_an_adapter_of_another_model_is_one_line_with_both_names(
     told = refused("export", adapter, "--merge", "--backbone", tmp_path / "tiny", "-o", tmp_path / "merged")
     assert re.search(r"made for backbone models/Qwen3-8B .*tiny is another .*give --backbone", told)
     assert not (tmp_path / "merged").exists()
+    for kind in ("peft", "gguf"):
+        told = refused("export", adapter, "--format", kind, "--backbone", tmp_path / "tiny", "-o", tmp_path / "out")
+        assert re.search(r"made for backbone models/Qwen3-8B .*tiny has another shape .*give --backbone", told)
+        told = refused("export", adapter, "--format", kind, "--backbone", "./no/such", "-o", tmp_path / "out")
+        assert "there is no folder ./no/such" in told
+        told = refused("export", adapter, "--format", kind, "--backbone", adapter, "-o", tmp_path / "out")
+        assert re.search(r"adapter: no configuration of a model there .*give --backbone", told)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "much"])
+def test_a_strength_is_a_finite_number(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str, refused: Callable[..., str]
+) -> None:
+    for command in (["export", str(adapter), "-o", str(tmp_path / "out")], ["chat", "--adapter", str(adapter), *MODEL]):
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, "--strength", value])
+        assert f"argument --strength: invalid finite value: '{value}'" in capsys.readouterr().err
+    if value != "much":
+        with pytest.raises(ValueError, match="give a finite number"):
+            LoRA.load(adapter).scale(float(value))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan"])
+def test_a_timeout_is_longer_than_none(capsys: pytest.CaptureFixture[str], value: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve-adapter", "list", "--engine", "vllm", f"--timeout={value}"])
+    assert f"argument --timeout: invalid seconds value: '{value}'" in capsys.readouterr().err
+
+
+def test_a_batch_that_cannot_be_written_whole_is_not_begun(
+    notes: Path, adapter: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    (tmp_path / "m.txt").write_text("Runa lives in Lorvik.")
+    (tmp_path / "out" / "m").mkdir(parents=True)
+    (tmp_path / "out" / "m" / "mine").touch()
+    assert "holds something else (mine)" in refused("encode", notes, tmp_path / "m.txt", "-o", tmp_path / "out", *MODEL)
+    shutil.copytree(adapter, tmp_path / "m")
+    for options in ([], ["--format", "gguf"], ["--merge"]):
+        assert "holds something else (mine)" in refused("export", adapter, tmp_path / "m", "-o", tmp_path / "out", *options)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["m"]
+
+
+def test_a_pipe_and_a_file_are_not_taken_for_something_else(notes: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a plain file (a pipe or device); give -" in refused("encode", tmp_path / "pipe", "-o", tmp_path / "out", *MODEL)
+    assert "notes.txt: is a file; give the folder of an adapter" in refused("info", notes)
 
 
 def test_a_read_only_folder_is_one_line(
@@ -103,6 +156,12 @@ def test_a_disk_that_fills_up_is_one_line(
     before = sorted(tmp_path.iterdir())
     assert "No space left on device; choose another place, or make room" in refused("export", adapter, "-o", tmp_path / "peft")
     assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensors_to_file", full)
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    for options in (["--format", "gguf"], ["--merge"]):
+        told = refused("export", adapter, *options, "-o", tmp_path / "out")
+        assert "No space left on device; choose another place, or make room" in told
+        assert sorted(tmp_path.iterdir()) == before
 
 
 def test_what_is_asked_in_vain_is_said(notes: Path, adapter: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

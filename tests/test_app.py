@@ -164,6 +164,25 @@ def test_a_visitor_encodes_and_asks(page: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_visitors_at_once_are_answered_from_their_own_contexts(page: Any, browser: Any, address: str) -> None:
+    with contextlib.closing(browser.new_page()) as other:
+        other.goto(address)
+        other.wait_for_selector("#encode")
+        other.fill("#context textarea", TEXT.replace("baker", "tailor"))
+        encode(page)
+        encode(other)
+        # Both questions are under way before the first answer is waited for.
+        for visitor in (page, other):
+            visitor.fill("#question textarea", QUESTION)
+        for visitor in (page, other):
+            visitor.click("#ask")
+        for visitor, job in ((other, "tailor"), (page, "baker")):
+            said = visitor.locator("#shine .bot.message").first
+            said.get_by_text(job).wait_for()
+            assert said.inner_text().strip().startswith(job)
+
+
+@pytest.mark.slow
 def test_the_slider_and_the_download(page: Any, tmp_path: Path) -> None:
     encode(page)
     adapters = {}

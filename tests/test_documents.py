@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import zipfile
 from pathlib import Path
 
 import docx
@@ -111,6 +112,39 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, name: str, content: b
     with pytest.raises(ValueError, match=about) as error:
         read_documents([str(tmp_path / name)])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["xml", "deflate", "no part"])
+def test_a_damaged_docx_is_one_line(tmp_path: Path, damage: str) -> None:
+    document = docx.Document()
+    document.add_paragraph("Zoran works as a baker. " * 50)
+    document.save(str(tmp_path / "good.docx"))
+    with zipfile.ZipFile(tmp_path / "good.docx") as good, zipfile.ZipFile(tmp_path / "a.docx", "w", zipfile.ZIP_DEFLATED) as bad:
+        for info in good.infolist():
+            content = good.read(info)
+            if info.filename == "word/document.xml" and damage == "xml":
+                content = content[: len(content) // 2]
+            if info.filename != "word/document.xml" or damage != "no part":
+                bad.writestr(info.filename, content)
+        place = bad.getinfo("word/document.xml").header_offset if damage == "deflate" else None
+    if place is not None:
+        content = bytearray((tmp_path / "a.docx").read_bytes())
+        content[place + 60 : place + 120] = bytes(byte ^ 0xFF for byte in content[place + 60 : place + 120])
+        (tmp_path / "a.docx").write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"a\.docx: not a DOCX file that can be read \(.+\); save it again") as error:
+        read_documents([str(tmp_path / "a.docx")])
+    assert "\n" not in str(error.value)
+
+
+def test_a_pdf_whose_parser_stumbles_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pdf(tmp_path / "a.pdf", ["Zoran"])
+
+    def stumble(*_: object, **__: object) -> str:
+        raise IndexError
+
+    monkeypatch.setattr("pypdf.PageObject.extract_text", stumble)
+    with pytest.raises(ValueError, match=r"a\.pdf: not a PDF that can be read \(IndexError\); save it again"):
+        read_documents([str(tmp_path / "a.pdf")])
 
 
 def test_a_scanned_pdf_has_no_text(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from shine.cli.doors import run_door
 from shine.config import PromptConfig
+from shine.training.distributed import Ranks, join_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["hypernetwork.rank=2", "hypernetwork.meta_rank=4", "hypernetwork.m2p.heads=2", "experiment=cpu_world"]
@@ -100,3 +101,26 @@ def test_a_file_the_system_refuses_is_one_message(tmp_path: Path, capsys: pytest
         run_door(PromptConfig, {"system": "x"}, lambda _config: (tmp_path / "none" / "x").write_text(""))
     assert ended.value.code == 2
     assert f"error: {tmp_path / 'none' / 'x'}: No such file or directory; choose another place" in capsys.readouterr().err
+
+
+def test_what_all_ranks_refuse_one_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """And what a rank meets alone, it says itself."""
+
+    def together(_config: PromptConfig) -> None:
+        with Ranks(1, 2).together():
+            raise ValueError("no data")
+
+    def alone(_config: PromptConfig) -> None:
+        join_ranks("cpu").__enter__()
+
+    monkeypatch.setattr(Ranks, "gather", lambda _self, refusal: ["no backbone", refusal])
+    for rank, said in (("0", "error: no backbone\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit, match="2"):
+            run_door(PromptConfig, {}, together)
+        assert capsys.readouterr().err == said
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        run_door(PromptConfig, {}, alone)
+    assert "start several ranks with torchrun" in capsys.readouterr().err

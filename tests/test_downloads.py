@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, unquote, urlparse
 import pytest
 from hubs import LARGE, Hub, _Handler
 
+from shine.checkpoint import read_info
 from shine.cli.collect import load
 from shine.cli.main import main
 from shine.config import parse
@@ -61,6 +62,8 @@ class _Downloads(_Handler):
         elif match := re.fullmatch("/api/models/([^/]+/[^/]+)/tree/[^/]+", path):
             oid, files = self.hub.find(match[1], "main")
             self._send([{"type": "file", "path": name, "oid": oid, **_known(name, data)} for name, data in files.items()])
+        elif re.fullmatch("/api/models/[^/]+/[^/]+/tree/[^/]+/.+", path):
+            self._send({"error": "no such folder"}, code=404, headers={"X-Error-Code": "EntryNotFound"})
         elif (match := re.fullmatch("/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)) and self.command == "GET":
             self.hub.requests.append((self.command, path))
             self._send_file(match[3], self.hub.find(match[1], match[2])[1][match[3]])
@@ -126,6 +129,11 @@ class Loopback:
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """``shine download``, in a process of its own as a user starts it."""
+        command = ["-m", "shine.cli.main", "download", *arguments, "--catalogue", str(self.folder / "catalogue.yaml")]
+        return self.python(*command, **environment)
+
+    def python(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """A process that knows no other hub."""
         known = {
             "HF_ENDPOINT": self.hub.url,
             "HF_HOME": str(self.folder / "hf"),
@@ -136,18 +144,9 @@ class Loopback:
             "NO_PROXY": "127.0.0.1",
             "PYTHONPATH": str(ROOT),
         }
-        command = [
-            sys.executable,
-            "-m",
-            "shine.cli.main",
-            "download",
-            *arguments,
-            "--catalogue",
-            str(self.folder / "catalogue.yaml"),
-        ]
-        return subprocess.run(
-            command, cwd=self.folder, env={**os.environ, **known, **environment}, capture_output=True, text=True, timeout=120
-        )
+        environment = {**os.environ, **known, **environment}
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120)
 
     def fetched(self) -> list[str]:
         """Files that were asked for since the last look, by name."""
@@ -205,6 +204,29 @@ def test_what_is_fetched_once_is_verified_and_skipped_then_mended_where_it_is_da
     assert loopback.fetched() == ["README.md", "config.json", "model.safetensors"]
     assert "model.safetensors differs from the hub's: fetching it again" in mended.stdout
     assert content(folder) == FILES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["folder", "id", "hf download"])
+def test_a_checkpoint_knows_the_revision_of_its_backbone(way: str, tiny_backbone_folder: str, loopback: Loopback) -> None:
+    """Whether the hub's id was trained on, or the folder that it was downloaded into, by us or by the hub's own command."""
+    files = {path.name: path.read_bytes() for path in Path(tiny_backbone_folder).iterdir()}
+    revision = loopback.hub.commit("owner/tiny", "main", files)
+    path = "owner/tiny" if way == "id" else "models/tiny"
+    if way == "folder":
+        done = loopback.run("models")
+        assert done.returncode == 0, done.stderr
+    elif way == "hf download":
+        code = "import huggingface_hub as hub; hub.snapshot_download('owner/tiny', local_dir='models/tiny')"
+        done = loopback.python("-c", code)
+        assert done.returncode == 0, done.stderr
+    small = ["hypernetwork.rank=2", "hypernetwork.meta_rank=4", "hypernetwork.m2p.heads=2", "stage.steps=1", "stage.batch_size=2"]
+    small += ["data.train.worlds.options.count=20", "stage.micro_batch_size=2", "stage.evaluate_every=0", "output=run"]
+    done = loopback.python(str(ROOT / "train.py"), "experiment=cpu_world", f"backbone.path={path}", *small)
+    assert done.returncode == 0, done.stderr
+    info = read_info(loopback.folder / "run")
+    assert info is not None
+    assert info.revision == revision
 
 
 @pytest.mark.slow

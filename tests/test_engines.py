@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_model
 from engine_server import EngineServer, engine_server
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -19,7 +21,7 @@ from shine import LoRA, Shine
 from shine.cli.main import main
 from shine.export.engines import ENGINES
 from shine.export.peft import write_peft
-from shine.export.server import Server, name_for
+from shine.export.server import Served, Server, name_for
 
 TEXT = "Umar lives in Selkirk. Zoran works as a baker. The coat of Delphi is silver."
 QUESTION = "What is the job of Zoran?"
@@ -127,6 +129,7 @@ def test_a_folder_is_checked_as_it_lies_there(
     told = refused("export", folder, "--check", engine)
     assert about in told
     assert str(folder) in told
+    assert re.search("load it with PEFT itself, or merge it|write (it again|one|it) with `shine export`", told)
 
 
 def test_what_peft_itself_wrote_passes(tmp_path: Path, shine: Shine) -> None:
@@ -179,7 +182,8 @@ def test_from_a_text_to_an_answer_of_the_server(server: EngineServer, notes: Pat
     start = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\nbaker<|im_end|>\n<|im_start|>user\nWhere"
     assert body["prompt"].startswith(start)
     assert (body["temperature"], body["add_special_tokens"]) == (0.0, False)
-    run("serve-adapter", "unregister", name, *at(server))
+    gone = json.loads(run("serve-adapter", "unregister", name, *at(server), "--json"))
+    assert gone == {"name": name, "server": server.address, "registered": False}
     assert server.adapters == {}
     assert [model["name"] for model in json.loads(run("serve-adapter", "list", *at(server), "--json"))] == ["cpu-world"]
 
@@ -197,6 +201,32 @@ def test_an_adapter_from_disk_and_a_folder_seen_elsewhere(
     assert json.loads((reduced / "adapter_config.json").read_text())["r"] == 1
     weak = run("serve-adapter", "ask", "notes-1", *at(server), "-q", QUESTION)
     assert weak.strip() == server.generate(None, server.requests[-1][1]["prompt"], 256).strip() != "baker"
+
+
+def test_a_server_that_was_started_again_is_given_the_same_folder(
+    server: EngineServer, notes: Path, tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    command = ("serve-adapter", "register", notes, *at(server), "-o", tmp_path / "served", *MODEL)
+    name = run(*command).strip()
+    written = (tmp_path / "served" / name / "adapter_model.safetensors").stat().st_mtime_ns
+    server.adapters.clear()
+    assert run(*command).strip() == name
+    assert server.adapters == {name: str(tmp_path / "served" / name)}
+    assert (tmp_path / "served" / name / "adapter_model.safetensors").stat().st_mtime_ns == written
+    # Other weights never take the place of what an engine may still hold.
+    server.adapters.clear()
+    assert "needs a new name and path" in refused(*command, "--name", name, "--strength", 0.5)
+    assert server.adapters == {}
+
+
+def test_a_server_of_another_backbone_is_refused_where_its_folder_is_here(
+    server: EngineServer, notes: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr("shine.export.server.Server.models", lambda _: [Served("tiny", str(tmp_path / "tiny"))])
+    told = refused("serve-adapter", "register", notes, *at(server), "-o", tmp_path / "served", *MODEL)
+    assert re.search(r"made for backbone cpu-world .*tiny has another shape .*start the server with the one", told)
+    assert not (tmp_path / "served").exists()
 
 
 @pytest.mark.parametrize("field", ["serialized_named_tensors", "serialized_tensors"])
@@ -309,7 +339,7 @@ def test_an_adapter_that_the_server_refuses_is_not_left_on_disk(
     name = run(*register).strip()
     assert "has " + name + " already: unregister it" in refused(*register)
     run("serve-adapter", "unregister", name, *at(server))
-    assert "is there already" in refused(*register)
+    assert run(*register).strip() == name
     server.adapters[name] = "x"
     with pytest.raises(ValueError, match=f"{name}.*already"):
         Server(server.address, engine=server.kind).register(name, tmp_path / "served" / name)
@@ -319,7 +349,7 @@ def test_what_the_server_does_not_have_is_said(server: EngineServer, tmp_path: P
     assert "absent" in refused("serve-adapter", "ask", "absent", *at(server), "-q", QUESTION)
     assert "absent" in refused("serve-adapter", "unregister", "absent", *at(server))
     client = Server(server.address, engine=server.kind)
-    with pytest.raises(ValueError, match=f"it refuses.*{tmp_path}"):
+    with pytest.raises(ValueError, match=rf"it refuses.*{tmp_path}.*; see what it has with `shine serve-adapter list`"):
         client.register("notes", tmp_path / "absent")
 
 

@@ -144,6 +144,20 @@ def test_training_on_another_models_checkpoint_is_refused(tiny_backbone_folder: 
         train(train_config(str(tmp_path / "other"), tmp_path / "next", checkpoint=str(final)))
 
 
+def test_the_command_line_takes_a_variant_only_when_told(
+    tiny_backbone_folder: str, tmp_path: Path, notes: Path, run: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    """And the refusal names the option that a reader of it has."""
+    final = train(train_config(tiny_backbone_folder, tmp_path / "run", stage=stage_config(steps=1)))
+    tiny_model(seed=9).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    command = ["encode", notes, "-o", tmp_path / "out", "--model", final, "--backbone", tmp_path / "other", "--device", "cpu"]
+    assert "--allow-variant on the command line" in refused(*command)
+    assert not (tmp_path / "out").exists()
+    run(*command, "--allow-variant")
+    assert (tmp_path / "out").is_dir()
+
+
 def test_a_variant_is_named(tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What SHINE fetches as a quantised GGUF is a variant by name, in config.json and in the refusal of other weights."""
     assert zoo.variant_name("smollm2-135m", Backbone(tiny_model())) == "Q4_1, dequantised"

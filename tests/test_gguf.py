@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 import re
 from collections.abc import Callable
@@ -310,6 +312,22 @@ def fitted_lora(backbone: Backbone, ids: Tensor, labels: Tensor, *, steps: int =
     return LoRA({path: (a.detach(), b.detach()) for path, (a, b) in weights.items()})
 
 
+def said_by_the_page(base: Path, adapter: Path) -> str:
+    """What the Python of docs/serving.md prints, with its files and its question replaced."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "serving.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "llama_cpp" in block]
+    for old, new in (
+        ("models/SmolLM2-135M-Instruct.Q4_1.gguf", str(base)),
+        ("gguf/notes/adapter.gguf", str(adapter)),
+        ("Where does Zoran live?", FACT[0]),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, {})
+    return printed.getvalue().strip()
+
+
 @pytest.mark.slow
 def test_smollm2_in_llama_cpp_answers_as_ours_does(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
@@ -336,6 +354,7 @@ def test_smollm2_in_llama_cpp_answers_as_ours_does(
         with llama_cpp(base, adapter=None if adapter is None else adapter / ADAPTER_FILE) as engine:
             answers[name] = tokenizer.decode(greedy(engine, prompt, stops=stops, limit=30))
             theirs[name] = logits(engine, other)
+    assert said_by_the_page(base, tmp_path / "right" / ADAPTER_FILE) == FACT[1]
     ids = torch.tensor([prompt])
     for name, worn in (("plain", None), ("right", lora)):
         with torch.no_grad():

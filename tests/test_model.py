@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -342,3 +343,17 @@ def test_the_configuration_is_versioned(tiny: Shine, tmp_path: Path) -> None:
     folder = tiny.encode("text").save(tmp_path / "a")
     assert json.loads((folder / "config.json").read_text())["adapter"] == 1
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", "lora.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"long": "splitt"}, "'split', or to its limit, 'cut'"),
+        ({"names": []}, "0 names for 1 contexts: give one for each, or none at all"),
+        ({"batch_size": 0}, "batch_size=0: at least one piece"),
+        ({"max_rank": 0}, "a rank is at least 1"),
+    ],
+)
+def test_an_option_of_encoding_that_means_nothing_is_refused(world: Shine, options: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        world.encode("Zoran works as a baker.", **options)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from conftest import tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shine.chat import token_ids
+from shine.evaluation.cloze import make_clozes
 from shine.pieces import pieces, sentences
 
 TOKENIZER = tiny_tokenizer()  # one token a byte
@@ -38,6 +41,55 @@ def test_the_end_of_a_piece_is_said_again() -> None:
 def test_a_sentence_that_fits_no_piece_is_cut() -> None:
     assert list(pieces(TOKENIZER, "a" * 25 + ". Short.", limit=10, overlap=0)) == ["a" * 10, "a" * 10, "aaaaa.", "Short."]
     assert list(pieces(TOKENIZER, "€" * 7, limit=7, overlap=0)) == ["€€", "€€", "€€", "€"]
+
+
+def test_a_sentence_is_cut_at_a_line_end_or_else_at_a_space() -> None:
+    rows = "zoran the baker of the town of arlow,1\nand another row of the same table\n"
+    assert list(pieces(TOKENIZER, rows, limit=60, overlap=0)) == rows.strip().split("\n")
+    assert list(pieces(TOKENIZER, "one two three four", limit=12, overlap=0)) == ["one two", "three four"]
+
+
+def test_chinese_and_japanese_sentences_need_no_space() -> None:
+    text = "佐伦是面包师。他住在阿洛！「你好。」她说？一"
+    assert list(sentences(text)) == ["佐伦是面包师。", "他住在阿洛！", "「你好。」", "她说？", "一"]
+    assert list(pieces(TOKENIZER, text, limit=42, overlap=0)) == ["佐伦是面包师。他住在阿洛！", "「你好。」她说？一"]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["- Zoran bakes bread", "- Umar", "* cheese"],
+        ["1. Zoran bakes", "2. Umar sleeps. ", "12. Runa sings"],
+        ["zoran,baker,12", "umar,smith,7"],
+        ["2026-11-25 10:00:00 INFO the server has been started on port 8000", "2026-11-25 10:00:01 WARN " + "a" * 60],
+        ["# Heading", "Text under it"],
+    ],
+)
+def test_list_items_rows_and_records_are_sentences(lines: list[str]) -> None:
+    found = [sentence.strip() for sentence in sentences("\n".join(lines) + "\n")]
+    assert found == [line.strip() for line in lines]
+
+
+def test_prose_with_hard_line_breaks_keeps_its_sentences() -> None:
+    text = "Zoran works as a baker in the old town by the river\nSelkirk, where he was born. Umar lives there."
+    assert [s.strip() for s in sentences(text)] == [text.partition(" Umar")[0], "Umar lives there."]
+
+
+def test_a_list_of_forty_lines_can_be_examined() -> None:
+    text = "".join(f"- person{n} owns a thing{n}\n" for n in range(40))
+    assert len(make_clozes(text)) == 40
+
+
+@pytest.mark.parametrize(
+    ("unit", "times"),
+    [("word ", 200_000), ("\n", 200_000), ("a\n", 100_000), ("a\n\n", 70_000), ("!", 200_000), ("a", 200_000), (". ", 100_000)],
+)
+def test_long_texts_of_anything_are_cut_in_linear_time(unit: str, times: int) -> None:
+    started = time.process_time()
+    found = list(pieces(TOKENIZER, unit * times + "end", limit=256, overlap=0))
+    # A few seconds; what grows with the square takes most of a minute at a fifth of a megabyte, a quarter of an hour at one.
+    assert time.process_time() - started < 25
+    assert "".join("".join(found).split()) == unit.strip() * times + "end"
 
 
 @pytest.mark.parametrize(("limit", "overlap"), [(10, 10), (10, -1), (0, 0)])

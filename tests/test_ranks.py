@@ -101,6 +101,12 @@ def test_what_a_sharded_backbone_takes_is_what_was_said(tmp_path: Path) -> None:
         assert row["counted"]["most"] < row["whole"]
 
 
+def test_two_ranks_rehearse_what_they_would_train(tmp_path: Path) -> None:
+    """Each on its own tiny backbone, with the trainables in parts."""
+    assert run_ranks(2, "no-backbone", tmp_path / "run", dry_run=True, engine="fsdp") == [0, 0]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("where", "engine"), [("loss", "ddp"), ("gradient", "ddp"), ("loss", "fsdp")])
 def test_a_bad_number_on_one_rank_skips_the_step_on_both(
     where: Any, engine: str, tiny_backbone_folder: str, tmp_path: Path
@@ -202,7 +208,34 @@ def test_what_the_first_rank_refuses_all_refuse(tiny_backbone_folder: str, tmp_p
     assert run_ranks(2, tiny_backbone_folder, tmp_path / "run", from_scratch=False) == [1, 1]
     for rank in range(2):
         error = error_file(tmp_path / "run", rank).read_text().strip().splitlines()[-1]
-        assert error.startswith("ValueError: checkpoint: missing; stage mqa starts from the stage before it"), error
+        assert error.startswith(
+            "shine.training.distributed.SharedRefusalError: checkpoint: missing; stage mqa starts from the stage before it"
+        ), error
+
+
+@pytest.mark.parametrize(
+    "where", ["look_into", "effective_config", "load_backbone", "build_samples", "Validation", "load_state", "Monitor"]
+)
+def test_what_one_rank_refuses_all_refuse(where: Any, tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """Wherever rank 1 alone meets it while the run is set up: neither waits, and both end with the one message."""
+    stage = stage_config(micro_batch_size=1, steps=2, save_every=1)
+    if where == "load_state":
+        assert run_ranks(2, tiny_backbone_folder, tmp_path / "run", stage=stage) == [0, 0]
+    resume = "latest" if where == "load_state" else None
+    assert run_ranks(2, tiny_backbone_folder, tmp_path / "run", stage=stage, resume=resume, fault=Fault(where)) == [1, 1]
+    errors = [error_file(tmp_path / "run", rank).read_text().strip().splitlines()[-1] for rank in range(2)]
+    assert errors == [f"shine.training.distributed.SharedRefusalError: rank 1 has no {where}"] * 2
+
+
+def test_a_spoilt_backbone_is_one_message_on_all_ranks(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """Met in its turn by the first rank of the machine, through the training itself."""
+    spoilt = shutil.copytree(tiny_backbone_folder, tmp_path / "spoilt")
+    [weights] = spoilt.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert run_ranks(2, str(spoilt), tmp_path / "run") == [1, 1]
+    first, second = (error_file(tmp_path / "run", rank).read_text().strip().splitlines()[-1] for rank in range(2))
+    assert first.startswith(f"shine.training.distributed.SharedRefusalError: cannot load backbone {spoilt}: ")
+    assert second == first
 
 
 def test_ranks_that_drift_apart_are_noticed(tiny_backbone_folder: str, tmp_path: Path) -> None:
@@ -225,6 +258,18 @@ def test_a_run_goes_on_with_another_number_of_ranks(before: int, after: int, tin
     assert run_ranks(after, tiny_backbone_folder, tmp_path / "parts", resume="latest", own_seeds=True, **values) == [0] * after
     assert f"changed: ranks: {before} -> {after}" in (tmp_path / "parts" / "logs" / "rank-0.log").read_text()
     assert len(load_state(tmp_path / "parts" / "step-000016").rng) == after
+    assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-9)
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole", tolerance=1e-9)
+
+
+@pytest.mark.parametrize("before", ["ddp", "fsdp"])
+def test_sharded_trainables_go_on_from_a_save(before: str, tiny_backbone_folder: str, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"stage": stage_config("mqa", micro_batch_size=1, save_every=8)}
+    values["backbone"] = BackboneConfig(path=tiny_backbone_folder, dtype="float64", device="cpu")
+    train(train_config(tiny_backbone_folder, tmp_path / "whole", **values))
+    assert run_ranks(2, tiny_backbone_folder, tmp_path / "parts", engine=before, **values) == [0, 0]
+    go_back_to_a_save(tmp_path / "parts", step=8)
+    assert run_ranks(2, tiny_backbone_folder, tmp_path / "parts", resume="latest", engine="fsdp", **values) == [0, 0]
     assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-9)
     assert_same_weights(tmp_path / "parts", tmp_path / "whole", tolerance=1e-9)
 
@@ -295,9 +340,10 @@ def assert_same_weights(first: Path, second: Path, *, tolerance: float) -> None:
         assert float((tensor - two[name]).abs().max()) <= tolerance * max(largest, 1.0), name
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused(tiny_backbone_folder: str, tmp_path: Path) -> None:
+def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path: Path) -> None:
+    """Before a backbone is looked for."""
     stage = stage_config(batch_size=3, micro_batch_size=1)
-    assert run_ranks(2, tiny_backbone_folder, tmp_path / "run", stage=stage) == [1, 1]
+    assert run_ranks(2, "nowhere", tmp_path / "run", stage=stage) == [1, 1]
     assert "must be a multiple of ranks x micro_batch_size = 2 x 1" in error_file(tmp_path / "run", 0).read_text()
 
 
@@ -319,20 +365,27 @@ def test_a_rank_that_dies_takes_the_others_down(way: str, tiny_backbone_folder: 
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_takes_the_other_node_down(tiny_backbone_folder: str, tmp_path: Path) -> None:
-    """Two launchers, as on two nodes, with a rank each: that of the second is killed."""
+@pytest.mark.parametrize("way", ["kill", "stay"])
+def test_a_rank_that_dies_takes_the_other_node_down(way: str, tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """Two launchers, as on two nodes, with a rank each: the rank of the second is killed, or the second launcher itself.
+
+    A rank whose launcher is gone stops as at a signal: both save.
+    """
     script = str(Path(__file__).parent / "dying_rank.py")
     meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     nodes = []
     for number in range(2):
         launch = [sys.executable, "-m", "torch.distributed.run", "--node-rank", str(number), *meeting]
-        command = [*launch, script, tiny_backbone_folder, str(tmp_path), "kill"]
+        command = [*launch, script, tiny_backbone_folder, str(tmp_path), way]
         nodes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
     while not (tmp_path / "died").exists() and nodes[1].poll() is None:
         time.sleep(0.05)
     died = time.monotonic()
+    if way == "stay":
+        nodes[1].kill()
     errors = [node.communicate(timeout=60)[1] for node in nodes]
     assert all(node.returncode for node in nodes)
     assert time.monotonic() - died < 60
-    assert "SIGKILL" in errors[1]
+    assert "SIGKILL" in errors[1] or way == "stay"
+    assert len(step_directories(tmp_path / "run")) == (way == "stay")

@@ -19,16 +19,18 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import tiny_hypernetwork_config
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from runs import losses_of, stage_config, train_config
 
 from shine.checkpoint import WEIGHTS_FILE, read_info
 from shine.cli.stages import train_and_evaluate
-from shine.config import DataConfig, EvaluationConfig, SourceConfig, TrainConfig, parse
+from shine.config import DataConfig, EvaluationConfig, HypernetworkConfig, SourceConfig, TrainConfig, parse
 from shine.data.samples import Sample
 from shine.manifest import damage
 from shine.training import loop
+from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE
 from shine.training.state import load_state, step_directories
 
@@ -198,8 +200,12 @@ def test_cfg_job_shows_what_would_run(way: str, clone: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_lets_all_ranks_finish_the_step(tiny_backbone_folder: str, clone: Path) -> None:
-    """Two ranks under torchrun, as a scheduler stops them and starts them again: the run ends as one that was left alone."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
+def test_sigterm_lets_all_ranks_finish_the_step(number: signal.Signals, tiny_backbone_folder: str, clone: Path) -> None:
+    """Two ranks under torchrun, as a scheduler stops them and starts them again: the run ends as one that was left alone.
+
+    SIGKILL reaches the launcher alone, and the ranks notice that it is gone.
+    """
     command = ["sh", str(clone / PRETRAIN), *small(tiny_backbone_folder), *STEPS, "stage.steps=30"]
 
     def start(name: str) -> subprocess.Popen[str]:
@@ -215,7 +221,7 @@ def test_sigterm_lets_all_ranks_finish_the_step(tiny_backbone_folder: str, clone
     with start("stopped") as run:
         while run.poll() is None and (not metrics.exists() or not metrics.stat().st_size):
             time.sleep(0.01)
-        run.send_signal(signal.SIGTERM)
+        run.send_signal(number)
         errors = run.communicate(timeout=300)[1]
     assert run.returncode != 0
     [directory] = step_directories(stopped)
@@ -224,9 +230,10 @@ def test_sigterm_lets_all_ranks_finish_the_step(tiny_backbone_folder: str, clone
     assert 0 < state.step < 30
     assert len(state.rng) == 2, "both ranks have saved"
     assert len(losses_of(stopped)) == state.step
+    why, passed = ("the launcher is gone", signal.SIGHUP) if number == signal.SIGKILL else (number.name, number)
     # Once each, not from every rank.
-    assert errors.count("SIGTERM: finishing this step and saving") == 1, errors
-    assert errors.count(f"SIGTERM: saved after step {state.step:,} and stopped; resume=latest goes on") == 1, errors
+    assert errors.count(f"{why}: finishing this step and saving") == 1, errors
+    assert errors.count(f"{passed.name}: saved after step {state.step:,} and stopped; resume=latest goes on") == 1, errors
     with start("stopped") as run:
         errors = run.communicate(timeout=300)[1]
     assert run.returncode == 0, errors
@@ -321,6 +328,7 @@ def test_every_experiment_goes_once_through(
     """With its own ranks, lengths and recipe; nothing is left behind."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("SHINE_CACHE", str(tmp_path / "cache"))
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         overrides = [
             f"experiment={experiment}",
@@ -339,6 +347,35 @@ def test_every_experiment_goes_once_through(
     assert "validation/adapter_effective_rank" in said
     assert said.count("so that invented worlds stand in") == (experiment != "cpu_world")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_looks_at_what_it_would_start_from(
+    tiny_backbone_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint that is missing or damaged, one of other task tokens, a step that is not there; its shape is rehearsed."""
+    final = train(train_config(tiny_backbone_folder, tmp_path / "first", stage=stage_config("pretrain", steps=1)))
+    dry = train_config("no-backbone", tmp_path / "out", dry_run=True, hypernetwork=HypernetworkConfig(), stage=stage_config())
+    with pytest.raises(ValueError, match="/no/such/checkpoint: no such checkpoint directory"):
+        train(replace(dry, checkpoint="/no/such/checkpoint"))
+    with pytest.raises(ValueError, match="step-000001: not a whole step directory"):
+        train(replace(dry, resume=str(tmp_path / "step-000001")))
+    other = replace(dry.backbone, task_tokens=replace(dry.backbone.task_tokens, reconstruct="<OTHER>"))
+    with pytest.raises(ValueError, match=r"trained with other backbone\.task_tokens"):
+        train(replace(dry, checkpoint=str(tmp_path / "first"), backbone=other))
+
+    def trained(config: TrainConfig) -> str:
+        capsys.readouterr()
+        train(config)
+        [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("parameters: ")]
+        return line
+
+    shaped = trained(replace(dry, checkpoint=str(tmp_path / "first")))
+    assert shaped == trained(replace(dry, hypernetwork=tiny_hypernetwork_config()))
+    assert shaped != trained(dry)
+    weights = final / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"hypernetwork\.safetensors: cannot be read"):
+        train(replace(dry, checkpoint=str(tmp_path / "first")))
 
 
 def test_a_dry_run_takes_what_data_is_there(

@@ -35,6 +35,8 @@ import json, pathlib, sys
 here = pathlib.Path({here!r})
 fake = json.loads((here / "fake.json").read_text())
 arguments = sys.argv[1:]
+if arguments[:2] == ["-m", "playwright"] and fake["fail_on"] == "playwright":
+    sys.exit("no network")
 if arguments[:2] == ["-m", "pip"]:
     with (here / "calls.jsonl").open("a") as calls:
         calls.write(json.dumps([arguments, (here / "said").read_text()]) + "\\n")
@@ -120,6 +122,22 @@ def test_what_only_test_all_needs_comes_within_the_lock(set_up):
     assert command[command.index("-c") + 2 :] == wanted
     assert "built from source" in said_before
     assert {Requirement(each).name for each in wanted} >= {"gradio", "llama-cpp-python", "playwright"}
+
+
+def test_without_a_chromium_test_all_says_what_to_do_and_tries_again(set_up, monkeypatch):
+    outcome = set_up(command=["engines"], fail_on="playwright")
+    assert outcome.returncode == 1
+    assert not outcome.ready
+    assert "no network" in outcome.error
+    assert "apt install chromium" in outcome.error
+    assert "NO_CHROMIUM=1" in outcome.error
+
+
+def test_who_wants_no_chromium_needs_none(set_up, monkeypatch):
+    monkeypatch.setenv("NO_CHROMIUM", "1")
+    outcome = set_up(command=["engines"], fail_on="playwright")
+    assert outcome.returncode == 0, outcome.error
+    assert outcome.ready
 
 
 def test_without_a_compiler_test_all_says_what_to_do(set_up):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +21,64 @@ import pytest
 import torch
 from processes import train_in_process, wait_for_a_directory_being_written, wait_for_progress
 from runs import losses_of, stage_config, train_config
+from transformers import AutoModelForCausalLM
 
 from shine.checkpoint import WEIGHTS_FILE
-from shine.config import DataConfig, SourceConfig
-from shine.manifest import damage
+from shine.cli.doors import run_door
+from shine.config import DataConfig, SourceConfig, TrainConfig
+from shine.manifest import damage, write_manifest
 from shine.training import loop
 from shine.training.guard import NOT_FINITE, SPIKE, Guard
 from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE, SAMPLES_FILE
 from shine.training.provenance import differences
-from shine.training.state import load_state, newest_whole, step_directories
+from shine.training.state import STATE_FILE, load_state, newest_whole, step_directories
 from shine.training.stop import StoppedError, stop_requests
 from shine.training.validation import Validation
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(("kills", "length_window"), [(3, 0), pytest.param(20, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "length_window"), [(4, 0), pytest.param(20, 4, marks=pytest.mark.slow)])
 def test_a_run_killed_again_and_again_is_the_run_that_was_not(
     kills: int, length_window: int, tiny_backbone_folder: str, tmp_path: Path
 ) -> None:
-    """SIGKILL at random moments, every second time while a step directory is being written; each process resumes by itself."""
+    """SIGKILL at random moments of the process, from its start on, of its training, of a save, and twice of its end.
+
+    Each process resumes by itself.
+    """
     rng = random.Random(kills)
     stage = stage_config(steps=30 * kills, save_every=3, evaluate_every=10, evaluation_batches=1, length_window=length_window)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = train_in_process(tiny_backbone_folder, whole, stage=stage)
+    began = time.monotonic()
+    wait_for_progress(whole, process)
+    until_first_step = time.monotonic() - began
     process.join()
     assert process.exitcode == 0
 
-    done = while_saving = 0
-    while done < kills:
+    while_saving = 0
+    for number, moment in enumerate([*itertools.islice(itertools.cycle(("start", "save", "step", "save")), kills), "end", "end"]):
         process = train_in_process(tiny_backbone_folder, killed, stage=stage, resume="auto")
-        wait_for_progress(killed, process)
-        if done % 2:
-            wait_for_a_directory_being_written(killed, process)
+        if moment == "start":
+            time.sleep(rng.uniform(0, until_first_step))
+        elif moment == "end":
+            wait_for_a_directory_being_written(killed, process, name="final.*")
         else:
+            wait_for_progress(killed, process)
+        if moment == "save":
+            wait_for_a_directory_being_written(killed, process)
+        elif moment == "step":
             time.sleep(rng.uniform(0, 0.5))
-        assert process.is_alive(), "the run was over before it could be killed: give it more steps"
+        assert process.is_alive() or number > kills, "the run was over before it could be killed: give it more steps"
         process.kill()
         process.join()
-        done += 1
-        while_saving += bool(list(killed.glob(".step-*.partial")))
+        while_saving += moment == "save" and bool(list(killed.glob(".step-*.partial")))
         assert [damage(directory) for directory in step_directories(killed)] == [None] * len(step_directories(killed))
     process = train_in_process(tiny_backbone_folder, killed, stage=stage, resume="auto")
     process.join()
     assert process.exitcode == 0
-    assert while_saving >= kills // 4, "the kills hardly hit a save"
+    assert while_saving >= max(kills // 4, 1), "the kills hardly hit a save"
     assert measured(killed) == measured(whole)
     assert (killed / "final" / WEIGHTS_FILE).read_bytes() == (whole / "final" / WEIGHTS_FILE).read_bytes()
     assert [best.name for best in killed.glob("best-*")] == [best.name for best in whole.glob("best-*")]
@@ -136,6 +149,23 @@ def test_a_signal_before_the_first_step_stops_at_once() -> None:
     assert stopped.value.signal_number == signal.SIGTERM
 
 
+@pytest.mark.parametrize("where", ["backbone", "state"])
+def test_a_signal_while_loading_is_no_damaged_file(
+    where: str, tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of a library's work, where whatever is raised would mean that the file is bad."""
+    config = train_config(tiny_backbone_folder, tmp_path, stage=stage_config(steps=3, save_every=2))
+    if where == "state":
+        train(config)
+        config = replace(config, resume="latest")
+    place, name = (torch, "load") if where == "state" else (AutoModelForCausalLM, "from_pretrained")
+    monkeypatch.setattr(place, name, lambda *_args, **_options: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as left:
+        run_door(TrainConfig, asdict(config), train)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.endswith("SIGTERM: stopped before the first step, there was nothing to save\n")
+
+
 def test_a_second_interrupt_does_not_wait(capfd: pytest.CaptureFixture[str]) -> None:
     with stop_requests() as request:
         request.patient = True
@@ -174,6 +204,27 @@ def test_a_damaged_step_directory_is_passed_over(
     assert "goes on after step 3" in said.out + said.err
     with pytest.raises(ValueError, match="not a whole step directory"):
         train(train_config(tiny_backbone_folder, tmp_path, stage=stage, resume=str(broken.parent.with_name("step-000009"))))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_malicious_training_state_is_refused_and_never_run(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """In a step directory whose manifest says that all is as it was written."""
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "trapped"),)
+
+    stage = stage_config(steps=3, save_every=2)
+    train(train_config(tiny_backbone_folder, tmp_path / "run", stage=stage))
+    step = tmp_path / "run" / "step-000002"
+    torch.save({"step": 2, "rng": Trap()}, step / STATE_FILE)
+    write_manifest(step)
+    assert damage(step) is None
+    with pytest.raises(ValueError, match=r"training_state\.pt: damaged"):
+        train(train_config(tiny_backbone_folder, tmp_path / "run", stage=stage, resume="latest"))
+    assert not (tmp_path / "trapped").exists()
+    torch.load(step / STATE_FILE, weights_only=False)
+    assert (tmp_path / "trapped").exists(), "the trap is none"
 
 
 def test_a_changed_configuration_is_named_and_refused_unless_told(
@@ -267,6 +318,37 @@ def test_the_best_before_stays_until_a_save(tiny_backbone_folder: str, tmp_path:
     assert [path.name for path in tmp_path.glob("best-*")] == ["best-000003"]
 
 
+def test_a_loss_that_is_no_number_is_never_the_best(
+    tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the first one, nor one after it; a run that goes on compares with the last number."""
+    stage = stage_config(steps=6, evaluate_every=1, save_every=2, keep=5)
+    losses = iter([math.nan, 2.0, -math.inf, 1.0, math.nan, 3.0])
+    monkeypatch.setattr(Validation, "measure", lambda *_: {"validation/answers/loss": next(losses)})
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage))
+    assert [path.name for path in tmp_path.glob("best-*")] == ["best-000004"]
+    assert [load_state(path).best for path in step_directories(tmp_path)] == [2.0, 1.0]
+    losses = iter([math.nan, 1.5])
+    train(train_config(tiny_backbone_folder, tmp_path, stage=stage, resume=str(tmp_path / "step-000004")))
+    assert [path.name for path in tmp_path.glob("best-*")] == ["best-000004"]
+
+
+def test_a_resumed_run_still_counts_the_bad_steps_before_it(
+    tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saved after three of at most four bad steps in a row, it ends at its next."""
+    from shine.training import step
+
+    real = step.label_losses
+    monkeypatch.setattr(step, "label_losses", lambda *args: (real(*args)[0] * float("inf"), torch.zeros(())))
+    stage = stage_config(most_skipped=4)
+    with asked_to_stop(monkeypatch, number=signal.SIGTERM, after=3), pytest.raises(StoppedError, match="saved after step 3"):
+        train(train_config(tiny_backbone_folder, tmp_path, stage=stage))
+    with pytest.raises(ValueError, match="4 steps in a row"):
+        train(train_config(tiny_backbone_folder, tmp_path, stage=stage, resume="latest"))
+    assert len(losses_of(tmp_path)) == 4
+
+
 def test_a_guard_skips_what_is_not_finite_and_what_is_a_spike() -> None:
     guard = Guard(stage_config(spike_factor=3.0, spike_window=4, most_skipped=3))
     assert [guard.verdict(1.0, norm) for norm in (1.0, 50.0, 1.2, 0.8)] == [None] * 4, "no spike before the window is full"
@@ -277,7 +359,7 @@ def test_a_guard_skips_what_is_not_finite_and_what_is_a_spike() -> None:
     with pytest.raises(ValueError, match=r"3 steps in a row .*learning rate 0\.001, warm-up 3 steps.*larger stage\.warmup_steps"):
         guard.check(learning_rate=1e-3)
     again = Guard(guard.stage, **guard.state())
-    assert (again.skipped, again.in_a_row) == (3, 0)
+    assert (again.skipped, again.in_a_row) == (3, 3)
     assert again.verdict(1.0, 1.0) is None
     assert list(again.norms) == [50.0, 1.2, 0.8, 1.0]
 
@@ -291,6 +373,7 @@ def test_a_run_of_bad_numbers_ends_with_advice(tiny_backbone_folder: str, tmp_pa
         train(train_config(tiny_backbone_folder, tmp_path, stage=stage_config(most_skipped=4)))
     rows = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [(path.name, damage(path)) for path in step_directories(tmp_path)] == [("step-000004", None)], "what was good is saved"
     assert all(len(row["samples"]) == 4 and row["reason"] == NOT_FINITE for row in rows)
 
 

@@ -13,6 +13,7 @@ from shine.cli.models import (
     add_document_options,
     add_strength_option,
     encode_document,
+    finite,
     load_shine,
     positive,
     print_json,
@@ -152,7 +153,7 @@ class _Talk:
     def set_strength(self, text: str) -> str:
         """Make the adapter stronger or weaker; what to tell the user."""
         try:
-            self._strengthen(float(text))
+            self._strengthen(finite(text))
         except ValueError:
             return f"strength is {self.strength:g}; a number sets it, as in /strength 0.7"
         return f"strength {self.strength:g}"

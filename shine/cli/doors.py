@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 import shine
 from shine.cli.commands import CONFIGS, in_clone
 from shine.config import parse, unknown_key
+from shine.training.distributed import SharedRefusalError
 from shine.training.stop import StoppedError
 
 T = TypeVar("T")
@@ -32,6 +33,8 @@ def run_door(kind: type[T], values: object, action: Callable[[T], Any]) -> None:
     except ValueError as error:
         if not _raised_by_us(error):
             raise
+        if isinstance(error, SharedRefusalError) and not _first_rank():
+            sys.exit(2)
         _give_up(str(error))
     except OSError as error:
         place = "" if error.filename is None else f"{error.filename}: "
@@ -41,7 +44,7 @@ def run_door(kind: type[T], values: object, action: Callable[[T], Any]) -> None:
         sys.exit(130)
     except StoppedError as stopped:
         # All ranks stop together, and one says so.
-        if os.environ.get("RANK", "0") == "0":
+        if _first_rank():
             print(stopped, file=sys.stderr, flush=True)
         sys.exit(128 + stopped.signal_number)
 
@@ -92,6 +95,10 @@ def _name_custom_backbones(overrides: Sequence[str]) -> Iterator[str]:
             yield from ("backbone=custom", f"backbone.path={value}")
         else:
             yield override
+
+
+def _first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _raised_by_us(error: BaseException) -> bool:

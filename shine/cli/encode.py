@@ -12,6 +12,7 @@ from shine.cli.models import (
     add_format_options,
     add_strength_option,
     check_format_options,
+    check_targets,
     describe,
     encode_document,
     load_shine,
@@ -59,6 +60,7 @@ def _encode(args: argparse.Namespace) -> None:
 
     output = output_folder(args.output)
     folders = _folders(output, [document.name for document in documents], apart=len(documents) > 1 and not args.join)
+    check_targets(folders, args.format)
     shine = load_shine(args)
     written, waiting = [], []
     for number, (document, folder) in enumerate(zip(documents, folders, strict=True), start=1):

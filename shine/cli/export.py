@@ -12,6 +12,7 @@ from shine.cli.models import (
     add_json_option,
     add_strength_option,
     check_format_options,
+    check_targets,
     positive,
     print_json,
     strong,
@@ -75,6 +76,7 @@ def _export(args: argparse.Namespace) -> None:
     folders = dict.fromkeys(adapters, output) if len(adapters) == 1 else {path: output / Path(path).name for path in adapters}
     if len(set(folders.values())) < len(folders):
         raise ValueError("two of the adapters have the same name: export them one by one")
+    check_targets(folders.values(), "merged" if args.merge else args.format)
     # All of them before the first is written.
     starts = {}
     for path, (lora, backbone) in adapters.items() if args.check else ():
@@ -117,14 +119,23 @@ def _adapters(paths: Sequence[str], args: argparse.Namespace) -> dict[str, tuple
         loaded = {"sum": LoRA.concat(list(loaded.values()))}
     adapters = {}
     for path, lora in loaded.items():
-        # Before it is reduced: a sum does not know its origin any more then.
         backbone = args.backbone or _recorded_backbone(path, lora)
+        _check_shape(lora, backbone, args)
         if args.max_rank is not None and lora.rank > args.max_rank:
             lora, share = lora.reduce(args.max_rank)
             if not args.json:
                 print(f"{path}: reduced to rank {lora.rank}, {share:.1%} of the update (squared norm) is kept", flush=True)
         adapters[path] = lora, backbone
     return adapters
+
+
+def _check_shape(lora: LoRA, backbone: str, args: argparse.Namespace) -> None:
+    """Refuse another backbone. What the adapter itself names need not lie on this machine; a merge looks at the weights too."""
+    from shine.export.backbones import backbone_config
+    from shine.zoo import resolve
+
+    if not args.merge and (args.backbone is not None or Path(resolve(backbone)).is_dir()):
+        backbone_config(backbone, lora)
 
 
 def _write(lora: LoRA, folder: Path, args: argparse.Namespace, *, backbone: str) -> None:

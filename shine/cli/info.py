@@ -34,7 +34,8 @@ def _info(args: argparse.Namespace) -> None:
         from shine.model import SHIPPED_HYPERNETWORKS
 
         if args.path not in SHIPPED_HYPERNETWORKS:
-            raise ValueError(f"{args.path}: no such folder; give an adapter or a checkpoint")
+            what = "is a file" if path.is_file() else "no such folder"
+            raise ValueError(f"{args.path}: {what}; give the folder of an adapter or a checkpoint")
         path = SHIPPED_HYPERNETWORKS[args.path]
     found = _adapter(path) or _checkpoint(path)
     if args.json:
@@ -98,7 +99,8 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
     for number, span in enumerate(found["contexts"], start=1):
         context, versions = span["context"], ", ".join(f"{name} {version}" for name, version in span["versions"].items())
         pieces = f" in {context['pieces']:,} pieces" if context["pieces"] > 1 else ""
-        kept = f", reduced: {span['kept']:.1%} kept" if span["kept"] < 0.9995 else ""
+        kept = ", shared with the other contexts" if span["shared"] else ""
+        kept += f", reduced: {span['kept']:.1%} kept" if span["kept"] < 0.9995 else ""
         lines += [
             f"context {number} of {len(found['contexts'])}: {context['name'] or 'without a name'}",
             f"  sha256        {context['sha256']}",

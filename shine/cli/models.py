@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -54,7 +55,7 @@ def add_reading_options(parser: argparse.ArgumentParser) -> None:
 
 def add_strength_option(parser: argparse.ArgumentParser) -> None:
     """``--strength``."""
-    parser.add_argument("--strength", type=float, default=1.0, metavar="X", help="multiply the update (default: 1)")
+    parser.add_argument("--strength", type=finite, default=1.0, metavar="X", help="multiply the update (default: 1)")
 
 
 def add_format_options(parser: argparse.ArgumentParser, formats: Sequence[str]) -> None:
@@ -81,6 +82,22 @@ def positive(text: str) -> int:
     return number
 
 
+def finite(text: str) -> float:
+    """A number that is neither infinite nor none, for argparse."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def seconds(text: str) -> float:
+    """A time that is longer than none, for argparse."""
+    number = finite(text)
+    if number <= 0:
+        raise ValueError
+    return number
+
+
 def load_shine(args: argparse.Namespace) -> Shine:
     """The models that the options name."""
     from shine.model import Shine
@@ -97,7 +114,7 @@ def load_shine(args: argparse.Namespace) -> Shine:
 
 def encode_document(shine: Shine, document: Document, args: argparse.Namespace, *, keep_text: bool = False) -> LoRA:
     """The adapter of one document; what was cut or added up is said on standard error."""
-    with _counted(document.name) as progress:
+    with _counted(shine, document, args) as progress:
         lora = shine.encode(
             document.text,
             names=[document.name],
@@ -157,9 +174,22 @@ def check_format_options(args: argparse.Namespace) -> None:
         raise ValueError("--base is for the Modelfile of --format gguf: leave it out, or give that format")
 
 
+def check_targets(folders: Iterable[Path], kind: str) -> None:
+    """Make sure that all of them can be written, before the first is: ``kind`` is a ``--format``, or ``merged``."""
+    from shine import adapter_files
+    from shine.export import gguf, peft
+    from shine.files import may_replace
+
+    names = {"shine": adapter_files.FILES, "peft": peft.FILES, "gguf": gguf.FILES, "merged": frozenset[str]()}[kind]
+    what = {"merged": "merged model", "peft": "PEFT adapter"}.get(kind, "adapter")
+    for folder in folders:
+        may_replace(folder, names=names, what=what)
+
+
 def write_format(lora: LoRA, folder: Path, args: argparse.Namespace, *, backbone: str, dtype: torch.dtype | None = None) -> None:
     """Write one adapter in the ``--format`` that was asked for."""
-    from shine.export.gguf import BASE, backbone_config, write_gguf
+    from shine.export.backbones import backbone_config
+    from shine.export.gguf import BASE, write_gguf
     from shine.export.peft import write_peft
 
     if args.format == "shine":
@@ -171,15 +201,24 @@ def write_format(lora: LoRA, folder: Path, args: argparse.Namespace, *, backbone
 
 
 @contextmanager
-def _counted(name: str) -> Iterator[Any]:
+def _counted(shine: Shine, document: Document, args: argparse.Namespace) -> Iterator[Any]:
     """Tells how many pieces were read, on one line of the terminal; nothing where there is none."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
 
-    with Console(stderr=True).status(f"reading {name}") as status:
-        yield lambda done: status.update(f"reading {name}: {done:,} pieces")
+    from shine.chat import token_ids
+    from shine.pieces import OVERLAP
+
+    said = f"reading {document.name}"
+    with Console(stderr=True).status(said) as status:
+        length = shine.context_length
+        shared = length // OVERLAP if args.overlap is None else args.overlap
+        tokens = len(token_ids(shine.tokenizer, document.text))
+        # Sentences do not fill a piece to its end, and no more than whole ones are said again.
+        total = 1 if args.cut or tokens <= length else math.ceil(tokens / max(length - shared, 1))
+        yield lambda done: status.update(f"{said}: {done:,} of about {max(total, done):,} pieces")
 
 
 def read_inputs(paths: Sequence[str], args: argparse.Namespace) -> list[Document]:

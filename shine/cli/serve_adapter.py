@@ -18,6 +18,7 @@ from shine.cli.models import (
     positive,
     print_json,
     read_inputs,
+    seconds,
     strong,
 )
 
@@ -64,7 +65,7 @@ shine serve-adapter unregister notes-5f0c2a9e41 --engine vllm
         action.add_argument("name", metavar="NAME", help="under which it was registered")
     ask.add_argument("-q", "--question", action="append", required=True, metavar="Q", help="ask this; repeat it for further turns")
     ask.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (default: 256)")
-    for action in (ask, listing):
+    for action in (ask, listing, unregister):
         add_json_option(action)
 
 
@@ -73,7 +74,7 @@ def _add_action(actions: Commands[argparse.ArgumentParser], name: str, about: st
     group = action.add_argument_group("server")
     group.add_argument("--engine", choices=("vllm", "sglang"), required=True, help="which engine it is")
     group.add_argument("--server", metavar="URL", help="where it listens; default: port 8000 (vLLM) or 30000 (SGLang) here")
-    group.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds a request may take (default: 120)")
+    group.add_argument("--timeout", type=seconds, default=120.0, metavar="S", help="seconds a request may take (default: 120)")
     action.set_defaults(run=run)
     return action
 
@@ -92,7 +93,6 @@ def _register(args: argparse.Namespace) -> None:
     if args.from_tensors and args.engine != "sglang":
         raise ValueError("vLLM loads adapters from folders only: give --output FOLDER, which it can read, not --from-tensors")
     from shine.checkpoint import output_folder
-    from shine.export.engines import check_new_folder
 
     output = None if args.output is None else output_folder(args.output)
     documents = [] if args.text is None else read_inputs([args.text], args)
@@ -108,12 +108,11 @@ def _register(args: argparse.Namespace) -> None:
     server.engine.check(name, rank=lora.rank, modules=modules, base=backbone, server_rank=args.server_rank)
     if name in {model.name for model in models}:
         raise ValueError(f"{server.address} has {name} already: unregister it, or give another --name")
-    _note_other_base(models[0].root or models[0].name if models else "", backbone)
+    _check_base(models[0].root or models[0].name if models else "", lora, backbone)
     if output is None:
         server.register_tensors(name, lora, tensor_parallel=args.tensor_parallel)
         seen = None
     else:
-        check_new_folder(output / name)
         seen = _write_and_load(server, name, lora, output / name, args, backbone=backbone)
     if args.json:
         print_json({"name": name, "folder": seen, "server": server.address, "engine": args.engine, "rank": lora.rank})
@@ -150,22 +149,34 @@ def _from_disk(args: argparse.Namespace) -> tuple[str, LoRA, str]:
 
 
 def _write_and_load(server: Server, name: str, lora: LoRA, folder: Path, args: argparse.Namespace, *, backbone: str) -> str:
-    """Write the folder and have it loaded; the path as the server sees it. What it refuses is not left on the disk."""
-    from shine.export.peft import write_peft
+    """Write the folder and have it loaded; the path as the server sees it. What it refuses is not left on the disk.
 
-    write_peft(lora, folder, backbone=backbone)
+    A folder with these very weights, which a server had that was started again since, is loaded as it is.
+    """
+    from shine.export.engines import check_new_folder
+    from shine.export.peft import holds, write_peft
+
+    there = holds(folder, lora)
+    if not there:
+        check_new_folder(folder)
+        write_peft(lora, folder, backbone=backbone)
     seen = str(Path(args.mounted_as) / name if args.mounted_as else folder.absolute())
     try:
         server.register(name, seen)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not there:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     return seen
 
 
-def _note_other_base(served: str, backbone: str) -> None:
+def _check_base(served: str, lora: LoRA, backbone: str) -> None:
+    """Refuse a server of another backbone where it can be seen from here, else note that it is called otherwise."""
+    from shine.export.backbones import backbone_config
     from shine.export.engines import model_path
 
+    if (Path(served) / "config.json").is_file():
+        backbone_config(served, lora, remedy="start the server with the one it was made for")
     if served and backbone and Path(served).name not in (backbone, Path(model_path(backbone)).name):
         print(f"note: the server has {served}, the adapter is for {backbone}; answers need the same weights", file=sys.stderr)
 
@@ -197,4 +208,7 @@ def _ask(args: argparse.Namespace) -> None:
 def _unregister(args: argparse.Namespace) -> None:
     server = _connect(args)
     server.unregister(args.name)
-    print(f"{server.address} has {args.name} no more")
+    if args.json:
+        print_json({"name": args.name, "server": server.address, "registered": False})
+    else:
+        print(f"{server.address} has {args.name} no more")

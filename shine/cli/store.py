@@ -10,10 +10,14 @@ from shine.cli.commands import Commands, add_command
 from shine.cli.models import (
     add_document_options,
     add_json_option,
+    add_strength_option,
+    describe,
     encode_document,
     load_shine,
+    positive,
     print_json,
     read_inputs,
+    strong,
 )
 
 if TYPE_CHECKING:
@@ -31,7 +35,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 shine store add adapters notes notes.txt --model cpu-world
 shine store update adapters notes notes-of-today.txt --model cpu-world
 shine store list adapters
-shine store compose adapters notes handbook --output adapters-now
+shine store compose adapters notes handbook --output adapters-now --strength 0.5
 shine store forget adapters notes
 """,
     )
@@ -53,6 +57,9 @@ shine store forget adapters notes
     compose = actions.add_parser("compose", help="write one adapter that holds several", description="Add up several contexts.")
     _add_names(compose, "names", nargs="+")
     compose.add_argument("-o", "--output", required=True, metavar="FOLDER", help="where to write")
+    add_strength_option(compose)
+    compose.add_argument("--max-rank", type=positive, metavar="N", help="reduce the sum to the nearest update of this rank")
+    add_json_option(compose)
     compose.set_defaults(run=_compose)
 
 
@@ -126,8 +133,16 @@ def _forget(args: argparse.Namespace) -> None:
 def _compose(args: argparse.Namespace) -> None:
     from shine.store import Store
 
-    lora = Store(args.store).compose(args.names)
-    print(f"{lora.save(args.output)}  (rank {lora.rank}, {len(args.names)} contexts)")
+    lora = strong(Store(args.store).compose(args.names), args.strength)
+    if args.max_rank is not None:
+        lora, _ = lora.reduce(args.max_rank)
+    folder = lora.save(args.output)
+    if args.json:
+        print_json({"folder": str(folder), **describe(lora)})
+    else:
+        kept = min((span.kept for spans in lora.provenance for span in spans), default=1.0)
+        reduced = f", {kept:.1%} of the update (squared norm) kept" if kept < 0.9995 else ""
+        print(f"{folder}  (rank {lora.rank}, {len(args.names)} contexts{reduced})")
 
 
 def _describe(entry: Entry) -> dict[str, object]:

@@ -226,7 +226,7 @@ class _Evaluation:
             if start + self.ranks.rank < len(todo):
                 self._compute(todo[start + self.ranks.rank])
             # In step, so that no rank waits at the end for longer than ranks may wait for each other.
-            self.ranks.any(0, device=device)
+            self.ranks.largest(0, device=device)
             if time.perf_counter() - said > SAY_EVERY:
                 said = time.perf_counter()
                 self.say(f"{min(start + self.ranks.size, len(todo))} of {len(todo)} batches")

@@ -24,6 +24,7 @@ LINEARS = frozenset(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 """What both adapt in Qwen3, Qwen2 and Llama models, which they hold as ``qkv_proj`` and ``gate_up_proj`` and take apart again."""
 _TENSOR = re.compile(r"base_model\.model\.[\w.]+\.lora_([AB])\.weight")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_AGAIN = "write it again with `shine export`"
 
 
 @dataclass(frozen=True)
@@ -155,23 +156,23 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
         "rank_pattern": "has several ranks (rank_pattern)",
         "alpha_pattern": "has several scales (alpha_pattern)",
     }
-    problems = [f"it {what}, which only PEFT itself can load" for key, what in refused.items() if config.get(key)]
+    problems = [f"it {what}: load it with PEFT itself, or merge it" for key, what in refused.items() if config.get(key)]
     if config.get("peft_type") != "LORA":
-        problems.append(f"it is a PEFT adapter of type {config.get('peft_type')}, not LORA")
+        problems.append(f"it is a PEFT adapter of type {config.get('peft_type')}, not LORA: load it with PEFT itself, or merge it")
     if config.get("bias", "none") != "none":
-        problems.append("it changes biases (bias)")
-    problems += [f"its {CONFIG_FILE} has no {key}" for key in ("lora_alpha", "target_modules") if not config.get(key)]
-    return problems
+        problems.append("it changes biases (bias): load it with PEFT itself, or merge it")
+    missing = [key for key in ("lora_alpha", "target_modules") if not config.get(key)]
+    return problems + [f"its {CONFIG_FILE} has no {key}: {_AGAIN}" for key in missing]
 
 
 def _tensor_problems(shapes: Mapping[str, list[int]], *, rank: int) -> list[str]:
     for name, shape in shapes.items():
         matched = _TENSOR.fullmatch(name)
         if matched is None:
-            return [f"it cannot read a tensor called {name}"]
+            return [f"it cannot read a tensor called {name}: {_AGAIN}"]
         if shape[0 if matched[1] == "A" else 1] != rank:
-            return [f"{name} of shape {shape} is not of rank {rank}, which the configuration says"]
+            return [f"{name} of shape {shape} is not of rank {rank}, which the configuration says: {_AGAIN}"]
         other = name.replace(f".lora_{matched[1]}.", f".lora_{'AB'.replace(matched[1], '')}.")
         if other not in shapes:
-            return [f"{name} has no counterpart {other}"]
+            return [f"{name} has no counterpart {other}: {_AGAIN}"]
     return []

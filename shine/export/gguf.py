@@ -16,18 +16,17 @@ from typing import Any
 
 import gguf
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from shine.chat import END, END_OF_TEXT, START
 from shine.config import parse
 from shine.export.ranks import padded
 from shine.files import may_replace, written_beside
-from shine.fingerprint import Fingerprint, config_fingerprint
 from shine.lora import LoRA
 from shine.provenance import Provenance
-from shine.zoo import resolve
 
 ADAPTER_FILE, MODELFILE = "adapter.gguf", "Modelfile"
+FILES = frozenset((ADAPTER_FILE, MODELFILE))
 BASE = "./backbone.gguf"
 """What a Modelfile builds on where nobody says."""
 CONTEXTS_KEY = "shine.contexts"
@@ -86,31 +85,6 @@ def gguf_tensors(lora: LoRA, config: PretrainedConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def backbone_config(backbone: str, lora: LoRA) -> PretrainedConfig:
-    """The configuration of the backbone that ``lora`` was made for, without its weights.
-
-    Args:
-        backbone: a folder, a hub id, or a name that SHINE knows.
-
-    Raises:
-        ValueError: there is none, or the adapter was made for one of another shape.
-    """
-    path = resolve(backbone)
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: no configuration of a model there ({reason}); give --backbone the one it was made for") from None
-    found = config_fingerprint(config)
-    for span in (span for spans in lora.provenance for span in spans):
-        if Fingerprint.parse(span.backbone.fingerprint).config != found:
-            raise ValueError(
-                f"this adapter was made for backbone {span.backbone.name} (fingerprint {span.backbone.fingerprint}), and "
-                f"{backbone} has another shape ({found}): give --backbone the one it was made for"
-            )
-    return config
-
-
 def write_gguf(lora: LoRA, directory: Path, *, config: PretrainedConfig, base: str) -> None:
     """Write a folder of ``adapter.gguf`` and a ``Modelfile``; it appears whole or not at all.
 
@@ -124,7 +98,7 @@ def write_gguf(lora: LoRA, directory: Path, *, config: PretrainedConfig, base: s
         ValueError: see `gguf_tensors`; or there is something else in the folder.
         OSError: the folder cannot be written.
     """
-    may_replace(directory, names=frozenset((ADAPTER_FILE, MODELFILE)), what="adapter")
+    may_replace(directory, names=FILES, what="adapter")
     tensors = gguf_tensors(lora, config)
     with written_beside(directory) as folder:
         writer = gguf.GGUFWriter(os.fspath(folder / ADAPTER_FILE), gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type].kind])

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -108,6 +109,16 @@ def write_peft(lora: LoRA, directory: str | Path, *, backbone: str, dtype: torch
         (beside / README_FILE).write_text(_README.format(backbone=base), encoding="utf-8")
         _write_json(beside / CONFIG_FILE, config)
     return folder
+
+
+def holds(folder: Path, lora: LoRA) -> bool:
+    """Whether a folder holds this very adapter, as `write_peft` writes it."""
+    try:
+        stored = load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError):
+        return False
+    wanted = peft_tensors(lora)
+    return stored.keys() == wanted.keys() and all(torch.equal(stored[name], tensor) for name, tensor in wanted.items())
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from shine.lora import LoRA
 
 ADDRESSES = {"vllm": "http://127.0.0.1:8000", "sglang": "http://127.0.0.1:30000"}
 """Where the engines listen if nobody says otherwise."""
+_ASK = "see what it has with `shine serve-adapter list`, and what it takes with `shine export --check`"
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Server:
             # vLLM answers with a sentence, SGLang with a record that can also say no.
             record = json.loads(said) if self.kind == "sglang" else {"success": True}
             if record.get("success") is not True:
-                raise ValueError(f"{self.address}: it refuses {body['lora_name']}: {_said(record, said)}")
+                raise ValueError(f"{self.address}: it refuses {body['lora_name']}: {_said(record, said)}; {_ASK}")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -170,7 +171,7 @@ class Server:
         # The frame's own answer, where the route is not there at all.
         if status in (404, 405) and said.rstrip(".") in ("Not Found", "Method Not Allowed"):
             return ValueError(f"{self.address}: it has no such request ({error.request.url.path}); start it with {self._start()}")
-        return ValueError(f"{self.address}: it refuses (status {status}): {said}")
+        return ValueError(f"{self.address}: it refuses (status {status}): {said}; {_ASK}")
 
     def _start(self) -> str:
         return self.engine.command.format(base="BACKBONE", rank="N", modules="all")

@@ -16,6 +16,10 @@ from torch.distributed.tensor import DTensor
 T = TypeVar("T")
 
 
+class SharedRefusalError(ValueError):
+    """What one rank refuses, on every rank: one of them says it."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process's place among ``size`` ranks; rank 0 writes and speaks."""
@@ -37,7 +41,7 @@ class Ranks:
         dist.all_reduce(total)
         return total
 
-    def any(self, value: int, *, device: torch.device) -> int:
+    def largest(self, value: int, *, device: torch.device) -> int:
         """The largest of the ranks' numbers, on every rank; zero when all are zero."""
         if self.size == 1:
             return value
@@ -89,7 +93,7 @@ class Ranks:
         answers = self.gather((found, refusal))
         refusals = [refusal for _, refusal in answers if refusal]
         if refusals:
-            raise ValueError(refusals[0])
+            raise SharedRefusalError(refusals[0])
         return answers[of][0][0]
 
     def check_equal(self, module: nn.Module, *, step: int) -> None:
@@ -135,7 +139,25 @@ class Ranks:
                 except ValueError as error:
                     refusal = str(error)
             if refusals := [text for text in self.gather(refusal) if text]:
-                raise ValueError(refusals[0])
+                raise SharedRefusalError(refusals[0])
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All ranks leave the block, in which they do not talk, or none does.
+
+        Raises:
+            ValueError: the block raised one somewhere; on every rank, so that none waits for another.
+        """
+        if self.size == 1:
+            yield
+            return
+        refusal = ""
+        try:
+            yield
+        except ValueError as error:
+            refusal = str(error)
+        if refusals := [text for text in self.gather(refusal) if text]:
+            raise SharedRefusalError(refusals[0])
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:

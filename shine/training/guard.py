@@ -22,13 +22,14 @@ class Guard:
             in a row are the end of the run.
         norms: the window of a run that is resumed.
         skipped: how many steps it had skipped in all.
+        in_a_row: how many of them were its last ones.
     """
 
-    def __init__(self, stage: StageConfig, *, norms: Iterable[float] = (), skipped: int = 0) -> None:
+    def __init__(self, stage: StageConfig, *, norms: Iterable[float] = (), skipped: int = 0, in_a_row: int = 0) -> None:
         self.stage = stage
         self.norms = deque(norms, maxlen=stage.spike_window)
         self.skipped = skipped
-        self.in_a_row = 0
+        self.in_a_row = in_a_row
 
     def verdict(self, loss: float, norm: float) -> str | None:
         """Why this step must not be taken; ``None`` when it may."""
@@ -56,7 +57,7 @@ class Guard:
 
     def state(self) -> dict[str, object]:
         """What a resumed run needs to go on judging alike: the arguments of a new guard."""
-        return {"norms": list(self.norms), "skipped": self.skipped}
+        return {"norms": list(self.norms), "skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def _reason(self, loss: float, norm: float) -> str | None:
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,29 +16,31 @@ from transformers import PreTrainedTokenizerBase
 
 from shine.backbone import Backbone
 from shine.checkpoint import CheckpointInfo, effective_config, find_checkpoint, introduce, save_hypernetwork
-from shine.config import TrainConfig
+from shine.config import StageConfig, TrainConfig
 from shine.data.batching import SampleStream
 from shine.data.build import build_samples
-from shine.data.samples import Sample
+from shine.data.samples import Sample, StageSamples
 from shine.data.sources import look_into
 from shine.data.tally import Tally
+from shine.downloads import revision_of
 from shine.files import written_beside
 from shine.fingerprint import fingerprint
 from shine.hub import hub_id
-from shine.training.distributed import Ranks, join_ranks
+from shine.training.distributed import Ranks, SharedRefusalError, join_ranks
 from shine.training.guard import Guard
 from shine.training.monitor import BAD_STEPS_FILE, Monitor
-from shine.training.needs import estimate, matrix_rate
+from shine.training.needs import estimate, matrix_rate, room
 from shine.training.optimizer import build_optimizer, learning_rate
+from shine.training.owner import Owner, owned
 from shine.training.parallel import restore_optimizer, shard, shard_backbone, synchronised, whole_optimizer, whole_weights
 from shine.training.provenance import differences, run_record
-from shine.training.rehearsal import rehearsal
+from shine.training.rehearsal import check_start, rehearsal
 from shine.training.start import FINAL, Start, start_hypernetwork, starting_point
 from shine.training.state import RUN_FILE, RunState, load_state, prune, restore_rng, rng_state, save_state, set_aside, sweep
 from shine.training.step import StepResult, training_step
 from shine.training.stop import StoppedError, StopRequest, stop_requests
 from shine.training.validation import Validation
-from shine.zoo import find_device, load_backbone, variant_name, without_progress_bars
+from shine.zoo import find_device, load_backbone, resolve, variant_name, without_progress_bars
 
 
 def train(config: TrainConfig) -> Path:
@@ -50,7 +52,8 @@ def train(config: TrainConfig) -> Path:
     """
     with join_ranks(config.backbone.device) as ranks, stop_requests(quiet=not ranks.first) as request:
         if config.dry_run:
-            with rehearsal(config, ranks=ranks.size, say=print if ranks.first else lambda _text: None) as small:
+            ranks.ask_first(lambda: check_start(config))
+            with rehearsal(config, ranks=ranks.size, say=print if ranks.first else _silent) as small:
                 final = _train(small, ranks, request)
             if ranks.first:
                 print("dry run: everything fits together, one step was done, nothing is kept", flush=True)
@@ -59,33 +62,51 @@ def train(config: TrainConfig) -> Path:
 
 
 def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Path:
-    """`train`, on ranks that have met."""
-    # One rank looks, before any writes; what it refuses is said once.
-    start = ranks.ask_first(lambda: starting_point(config, say=print))
-    if start.finished:
-        assert start.directory is not None
-        if ranks.first:
-            print(f"{start.directory} is there: this run has ended already", flush=True)
-        return start.directory
+    """`train`, on ranks that have met: whatever one of them refuses, all refuse."""
+    with ExitStack() as held:
+        owners: list[Owner] = []
+        # One rank looks, before any writes; what it refuses is said once.
+        ranks.ask_first(lambda: owners.append(held.enter_context(owned(Path(config.output).expanduser(), say=print))))
+        start = ranks.ask_first(lambda: starting_point(config, say=print))
+        if start.finished:
+            assert start.directory is not None
+            if ranks.first:
+                print(f"{start.directory} is there: this run has ended already", flush=True)
+            return start.directory
+        return _prepare(config, ranks, start=start, request=request, owner=owners[0] if owners else None).go()
+
+
+def _prepare(config: TrainConfig, ranks: Ranks, *, start: Start, request: StopRequest, owner: Owner | None) -> _Run:
+    with ranks.together():
+        _check_shares(config.stage, ranks=ranks.size)
+        look_into(config.data.train, "data.train")
+        look_into(config.data.validation, "data.validation")
     if start.directory is not None and not start.resumed:
         start = replace(start, directory=_on_each_machine(start.directory, config, ranks))
+    with ranks.together():
+        shape = effective_config(start.directory, config.hypernetwork)
     if ranks.first:
         sweep(Path(config.output).expanduser())
         for line in introduce(start.directory, config.hypernetwork) if start.directory and not start.resumed else ():
             print(line, flush=True)
-    shape = effective_config(start.directory, config.hypernetwork)
     checkpoint = str(start.directory) if start.directory and not start.resumed else config.checkpoint
     # What was asked for, before the shape of a checkpoint stands in for it: a resumed run is compared by that.
     asked = asdict(config.hypernetwork)
     config = replace(config, hypernetwork=shape, checkpoint=checkpoint)
     record = {**run_record(config), "asked": asked}
-    look_into(config.data.train, "data.train")
-    look_into(config.data.validation, "data.validation")
     with ranks.one_by_one(), nullcontext() if ranks.first else without_progress_bars():
         # What is too large for one device is loaded into host memory and goes to the devices in parts.
         place = "cpu" if config.backbone.shard and ranks.size > 1 else config.backbone.device
         backbone, tokenizer = load_backbone(replace(config.backbone, device=place), targets=shape.targets)
-    return _Run(config, backbone, tokenizer, ranks, start=start, request=request, record=record).go()
+    return _Run(config, backbone, tokenizer, ranks, start=start, request=request, record=record, owner=owner)
+
+
+def _check_shares(stage: StageConfig, *, ranks: int) -> None:
+    if stage.batch_size % (ranks * stage.micro_batch_size):
+        raise ValueError(
+            f"stage.batch_size={stage.batch_size} must be a multiple of ranks x micro_batch_size = "
+            f"{ranks} x {stage.micro_batch_size}: change one of them"
+        )
 
 
 def _on_each_machine(found: Path, config: TrainConfig, ranks: Ranks) -> Path:
@@ -107,44 +128,50 @@ class _Run:
         start: Start,
         request: StopRequest,
         record: dict[str, Any],
+        owner: Owner | None,
     ) -> None:
         stage = config.stage
-        if stage.batch_size % (ranks.size * stage.micro_batch_size):
-            raise ValueError(
-                f"stage.batch_size={stage.batch_size} must be a multiple of ranks x micro_batch_size = "
-                f"{ranks.size} x {stage.micro_batch_size}: change one of them"
-            )
-        self.config, self.stage, self.ranks, self.request = config, stage, ranks, request
+        self.config, self.stage, self.ranks, self.request, self.owner = config, stage, ranks, request, owner
         self.backbone, self.tokenizer = backbone, tokenizer
         self.output = Path(config.output).expanduser()
         self.record = record
         found = fingerprint(backbone.model, tokenizer)
         if config.backbone.shard and ranks.size > 1:
             shard_backbone(backbone, ranks, find_device(config.backbone.device))
-        self.hypernetwork, before = start_hypernetwork(config, backbone, found=found, start=start)
-        stages, revision = (*before, stage.name), getattr(backbone.model.config, "_commit_hash", None)
+        with ranks.together():
+            self.hypernetwork, before = start_hypernetwork(config, backbone, found=found, start=start)
+            self.validation = Validation(config, backbone, tokenizer)
+        stages, revision = (*before, stage.name), revision_of(resolve(config.backbone.path))
         variant = variant_name(config.backbone.path, backbone)
         shape, length = self.hypernetwork.config, stage.context_length
         self.info = CheckpointInfo(config.backbone, shape, stages, found, revision, variant, length)
         if config.engine == "fsdp" and ranks.size > 1:
             shard(self.hypernetwork, ranks)
         self.optimizer = build_optimizer(self.hypernetwork, stage)
-        samples = build_samples(
-            config.data.train, "data.train", tokenizer, stage, task_tokens=config.backbone.task_tokens, seed=config.seed
-        )
+        samples = self._build_samples()
         self.stream = SampleStream(samples, stage.batch_size, config.seed, window=stage.length_window, ahead=True)
         self.fingerprint = samples.fingerprint
         self.total = stage.steps if stage.steps is not None else max(math.ceil(stage.epochs * len(samples) / stage.batch_size), 1)
-        self.validation = Validation(config, backbone, tokenizer)
         self.guard = Guard(stage)
         self.step = 0
         self.best: float | None = None
         self.resumed_notes = self._restore(start.directory) if start.resumed and start.directory is not None else []
 
+    def _build_samples(self) -> StageSamples:
+        config, tokens = self.config, self.config.backbone.task_tokens
+        # The first rank of a machine builds what is not there yet, and says so.
+        say: Callable[[str], None] = print if self.ranks.local_rank == 0 else _silent
+        with self.ranks.one_by_one():
+            return build_samples(
+                config.data.train, "data.train", self.tokenizer, self.stage, task_tokens=tokens, seed=config.seed, say=say
+            )
+
     def go(self) -> Path:
         """Train to the last step."""
         title = f"{self.stage.name} {Path(self.config.backbone.path).name}"
-        with Monitor(self.output, start=self.step, total=self.total, title=title, rank=self.ranks.rank) as monitor:
+        with self.ranks.together():
+            monitor = Monitor(self.output, start=self.step, total=self.total, title=title, rank=self.ranks.rank)
+        with monitor:
             with monitor.paused():
                 if self.ranks.first:
                     (self.output / RUN_FILE).write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
@@ -171,7 +198,9 @@ class _Run:
         passes = self.total * self.stage.batch_size / len(samples)
         sources = ", ".join(self.config.data.train)
         first = f"{len(samples):,} samples of {sources} ({passes:.3g} passes over them), {memory} memory tokens"
-        return first + "\n" + needs.describe(rate=self.rate, ranks=self.ranks.size, device_type=device.type)
+        described = needs.describe(rate=self.rate, ranks=self.ranks.size, device_type=device.type)
+        warning = needs.warning(room=room(device, ranks=self.ranks.local_size), config=self.config, ranks=self.ranks.size)
+        return "\n".join(filter(None, (first, described, warning)))
 
     def _cut_report(self) -> str:
         return f"{self.stage.name}, samples drawn: {self.stream.samples.tally}"
@@ -185,7 +214,7 @@ class _Run:
         if _due(self.step, self.stage.evaluate_every, last=self.total) and self.validation:
             with monitor.paused():
                 self._evaluate(monitor)
-        stopped_by = self.ranks.any(self.request.signal_number, device=self.backbone.device)
+        stopped_by = self.ranks.largest(self.request.look(), device=self.backbone.device)
         unfinished = self.step < self.total
         if unfinished and (stopped_by or _due(self.step, self.stage.save_every)):
             with monitor.paused():
@@ -225,10 +254,19 @@ class _Run:
             scalars = {"loss": result.loss, "learning_rate": rate, "gradient_norm": result.gradient_norm}
             # Share of the matrix rate this device was measured at, by the arithmetic that `shine.training.needs` counts.
             mfu = monitor.tokens_per_second * self.flops_per_token / (self.rate * self.ranks.size)
+            if self.owner is not None:
+                self.owner.beat()
             monitor.record({**scalars, "skipped_steps": self.guard.skipped, "mfu": mfu})
         if result.skipped is not None:
             self._report_bad(result, samples, monitor)
-            self.guard.check(learning_rate=rate)
+            try:
+                self.guard.check(learning_rate=rate)
+            except ValueError as error:
+                # The weights are still those of the last good step. All ranks are here: they have judged alike.
+                self.step += 1
+                with monitor.paused():
+                    self._save(monitor)
+                raise SharedRefusalError(str(error)) from None
 
     def _report_bad(self, result: StepResult, samples: list[Sample], monitor: Monitor) -> None:
         """Say that a step was not taken, and write down which samples it was made of."""
@@ -242,7 +280,8 @@ class _Run:
         monitor.show_answers(self.validation.answers(self.hypernetwork))
         losses = [value for name, value in scalars.items() if name.endswith("/loss")]
         [loss] = self.ranks.of_first([sum(losses) / len(losses)], device=self.backbone.device)
-        if self.best is None or loss < self.best:
+        # What is not finite is no measure: it would be the best for ever, or never be beaten.
+        if math.isfinite(loss) and (self.best is None or loss < self.best):
             self.best = loss
             weights = whole_weights(self.hypernetwork)
             if self.ranks.first:
@@ -251,6 +290,8 @@ class _Run:
                     save_hypernetwork(folder, weights, self.info)
 
     def _save(self, monitor: Monitor) -> None:
+        if self.owner is not None:
+            self.owner.beat()
         rng = self.ranks.gather(rng_state())
         weights = whole_weights(self.hypernetwork)
         optimizer = whole_optimizer(self.hypernetwork, self.optimizer)
@@ -275,10 +316,8 @@ class _Run:
             monitor.say(f"saved {directory}; {self._cut_report()}")
         self.ranks.wait()
 
-    def _restore(self, directory: Path) -> list[str]:
-        """Go on where a step directory stands; what differs from the run that wrote it is returned, to be said."""
-        state = load_state(directory)
-        record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
+    def _differences(self, directory: Path, state: RunState, record: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """What differs from the run that wrote a step directory, free and binding, which is refused unless told."""
         free, binding = differences(_asked(record), _asked(self.record))
         if (state.samples, state.data) != (len(self.stream.samples), self.fingerprint):
             now = f"{len(self.stream.samples):,} (fingerprint {self.fingerprint})"
@@ -288,6 +327,17 @@ class _Run:
                 f"resume: {directory} belongs to a run with another configuration:\n  " + "\n  ".join(binding) + "\n"
                 "set these as they were, or allow_changes=true to go on with a run that nothing else reproduces"
             )
+        return free, binding
+
+    def _restore(self, directory: Path) -> list[str]:
+        """Go on where a step directory stands; what differs from the run that wrote it is returned, to be said."""
+        # One rank at a time: each holds the whole of the optimizer's state, until only those do who need it.
+        with self.ranks.one_by_one():
+            state = load_state(directory)
+            record = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
+            free, binding = self._differences(directory, state, record)
+            if not self.ranks.first:
+                state = replace(state, optimizer={})
         restore_optimizer(self.hypernetwork, self.optimizer, dict(state.optimizer))
         self.step, self.best = state.step, state.best
         self.stream.epoch, self.stream.offset = state.epoch, state.offset % len(self.stream.samples)
@@ -319,6 +369,10 @@ def _asked(record: dict[str, Any]) -> dict[str, Any]:
     """The configuration that was asked for; records of before do not tell it from what was used."""
     config = record["config"]
     return {**config, "hypernetwork": record.get("asked", config["hypernetwork"])}
+
+
+def _silent(_text: str) -> None:
+    pass
 
 
 def _due(step: int, every: int, *, last: int | None = None) -> bool:

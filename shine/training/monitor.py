@@ -44,7 +44,8 @@ class Monitor:
         self.idle_since: float | None = None
         if self.quiet:
             return
-        self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=start)
+        # TensorBoard forgets this step too, and the last one done is not done again.
+        self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1)
         self.lines = _continued(output / METRICS_FILE, start).open("a", encoding="utf-8")
         self.samples = _continued(output / SAMPLES_FILE, start).open("a", encoding="utf-8")
         self.bad_steps = _continued(output / BAD_STEPS_FILE, start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 
@@ -63,6 +64,28 @@ class Needs:
             f"{self.steps:,} steps of about {self.tokens_per_step:,.0f} tokens, {self.steps * self.tokens_per_step:.3g} in all: "
             f"about {_duration(hours)} on {ranks} x {rate / 1e12:.2g} TFLOP/s, if a step reaches {share:.0%} of that"
         )
+
+    def warning(self, *, room: int, config: TrainConfig, ranks: int) -> str | None:
+        """What to change where a rank needs more than ``room`` bytes; ``None`` where it does not."""
+        if self.weights + self.activations <= room:
+            return None
+        sizes = f"{(self.weights + self.activations) / 1e9:.1f} GB for each rank, and {room / 1e9:.1f} GB is there"
+        ways = {
+            "backbone.activation_checkpointing=true": not config.backbone.activation_checkpointing,
+            f"stage.micro_batch_size below {config.stage.micro_batch_size}": config.stage.micro_batch_size > 1,
+            "engine=fsdp": ranks > 1 and config.engine == "ddp",
+            "backbone.shard=true": ranks > 1 and not config.backbone.shard,
+            "more ranks with engine=fsdp and backbone.shard=true": ranks == 1,
+        }
+        helpful = ", ".join(way for way, helps in ways.items() if helps) or "a shorter stage.context_length"
+        return f"this may not fit: {sizes}; less is needed with {helpful}"
+
+
+def room(device: torch.device, *, ranks: int) -> int:
+    """Bytes that a rank can have: all of its GPU, or its share of the memory of a machine with so many ``ranks``."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
 
 
 def estimate(

@@ -90,11 +90,13 @@ def whole_optimizer(hypernetwork: Hypernetwork, optimizer: torch.optim.Optimizer
 
 
 def restore_optimizer(hypernetwork: Hypernetwork, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Put `whole_optimizer`'s result in place; every rank holds all of it and keeps its part.
+    """Put `whole_optimizer`'s result in place, as rank 0 has it; every rank keeps what it needs. All ranks take part.
 
     The moments are the saved run's, the weight decay this run's.
     """
     decays = [group["weight_decay"] for group in optimizer.param_groups]
-    set_optimizer_state_dict(hypernetwork, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    shared = dist.is_initialized()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=shared)
+    set_optimizer_state_dict(hypernetwork, optimizer, state, options=options)
     for group, decay in zip(optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay

@@ -62,18 +62,25 @@ def starting_point(config: TrainConfig, *, say: Callable[[str], None]) -> Start:
         on = "" if (output / FINAL).exists() else on
         raise ValueError(f"output={output} holds another run: choose another folder{on}, or delete it")
     if config.checkpoint is not None:
-        found = find_checkpoint(config.checkpoint)
-        if is_unfinished(found) and found != Path(config.checkpoint).expanduser():
-            raise ValueError(
-                f"checkpoint={config.checkpoint}: that run has not ended; finish it, or name a step of it, checkpoint={found}"
-            )
-        return Start(found)
+        return Start(find_stage(config.checkpoint))
     if config.stage.name != "pretrain" and not config.from_scratch:
         raise ValueError(
             f"checkpoint: missing; stage {config.stage.name} starts from the stage before it, set checkpoint=<its output folder> "
             "(or from_scratch=true to start from random weights)"
         )
     return Start()
+
+
+def find_stage(checkpoint: str) -> Path:
+    """The checkpoint that a stage starts from.
+
+    Raises:
+        ValueError: there is none, or the run that makes it has not ended.
+    """
+    found = find_checkpoint(checkpoint)
+    if is_unfinished(found) and found != Path(checkpoint).expanduser():
+        raise ValueError(f"checkpoint={checkpoint}: that run has not ended; finish it, or name a step of it, checkpoint={found}")
+    return found
 
 
 def holds_a_run(output: Path) -> bool:

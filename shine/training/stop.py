@@ -6,15 +6,17 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """A scheduler's end, the keyboard, and what SLURM sends ahead of pre-emption (``--signal=USR1@120``)."""
 
 
-class StoppedError(Exception):
-    """A run that was asked to stop has saved what it needs to go on.
+class StoppedError(BaseException):
+    """A run that was asked to stop, and has saved what it needs to go on where there was anything to save.
+
+    No ``Exception``, as ``KeyboardInterrupt`` is none: it may come in the middle of what takes any exception for a damaged file.
 
     Attributes:
         signal_number: what asked.
@@ -40,6 +42,15 @@ class StopRequest:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
+        # Without torchrun a parent may go: a run under nohup outlives its terminal.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    def look(self) -> int:
+        """The signal that asked to stop, zero for none. A launcher that is gone has asked too: nobody would end its ranks."""
+        if not self.signal_number and self._launcher not in (None, os.getppid()):
+            self.signal_number = signal.SIGHUP
+            self._say("the launcher is gone: finishing this step and saving")
+        return self.signal_number
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Note the signal. A second Ctrl-C interrupts at once, for whoever does not want to wait.
@@ -53,9 +64,13 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal_number = number
         self._since = time.monotonic()
+        self._say(f"{name}: finishing this step and saving; Ctrl-C again stops at once")
+
+    def _say(self, text: str) -> None:
         if not self.quiet:
-            # Not print: a signal may come in the middle of one.
-            os.write(2, f"\n{name}: finishing this step and saving; Ctrl-C again stops at once\n".encode())
+            # Not print: a signal may come in the middle of one. Whoever read this may be gone.
+            with suppress(OSError):
+                os.write(2, f"\n{text}\n".encode())
 
 
 @contextmanager
