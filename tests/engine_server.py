@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import pickle
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -38,6 +39,14 @@ class Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+class _Quiet(ThreadingHTTPServer):
+    """Says nothing of clients that hang up before the answer, as those with a short patience do."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class EngineServer:
     """One server and what it was asked.
 
@@ -58,7 +67,7 @@ class EngineServer:
         self.adapters: dict[str, str] = {}
         self.weights: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {}
         self.tokenizer = AutoTokenizer.from_pretrained(SHIPPED[BASE])
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.http = _Quiet(("127.0.0.1", 0), _handler(self))
         self.http.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.http.server_port}"
 

@@ -247,7 +247,7 @@ def test_the_command_looks_at_the_run_that_train_would_start(tmp_path: Path, cap
     contexts = [" ".join(f"c{n}w{m}" for m in range(12)) for n in range(40)]
     path = own_file(tmp_path, contexts).path
     places = [f"data.{side}.mine.path={path}" for side in ("train", "validation", "test")]
-    words = ["experiment=cpu_world", "data=jsonl", "stage=mqa", *places]
+    words = ["experiment=cpu_world", "data=jsonl", "sets=jsonl", "stage=mqa", *places]
     assert run(*words, "--json") == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["scored"], found["trained"], len(found["overlaps"])) == (80, 40, 80)
@@ -267,7 +267,7 @@ def test_the_command_counts_tokens_for_sources_that_join_or_cut(tmp_path: Path, 
     (tmp_path / "train.txt").write_text(articles)
     source = f"kind:wikitext,path:{tmp_path / 'train.txt'},options:{{lengths:[30]}}"
     words = ["experiment=cpu_world", "stage=pretrain", "data=pretrain", "~data.train.transmla", "~data.validation.transmla"]
-    words += ["~data.test.squad", f"+data.train.mine={{{source}}}", f"+data.test.mine={{{source},limit:7}}"]
+    words += ["sets=jsonl", "~data.test.mine", f"+data.train.mine={{{source}}}", f"+data.test.few={{{source},limit:7}}"]
     assert run(*words, "--json") == 1
     found = json.loads(capsys.readouterr().out)
     assert found["scored"] == len(found["overlaps"]) == 7

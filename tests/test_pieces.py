@@ -82,7 +82,7 @@ def test_a_list_of_forty_lines_can_be_examined() -> None:
 
 @pytest.mark.parametrize(
     ("unit", "times"),
-    [("word ", 200_000), ("\n", 200_000), ("a\n", 100_000), ("a\n\n", 70_000), ("!", 200_000), ("a", 200_000), (". ", 100_000)],
+    [("word ", 100_000), ("\n", 200_000), ("a\n", 100_000), ("a\n\n", 70_000), ("!", 200_000), ("a", 200_000), (". ", 100_000)],
 )
 def test_long_texts_of_anything_are_cut_in_linear_time(unit: str, times: int) -> None:
     started = time.process_time()

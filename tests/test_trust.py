@@ -233,6 +233,7 @@ def test_one_command_makes_one_page_of_three_sets(
     assert len({tuple(pixel) for pixel in pixels.reshape(-1, pixels.shape[2])[::7]}) > 20
 
 
+@pytest.mark.slow
 def test_the_shipped_adapters_are_believed_differ_and_last(tmp_path: Path) -> None:
     """The CPU world: most of what it is told is said, adapters are unlike each other, and a text it cannot read is named."""
     beliefs = str(ROOT / "examples" / "beliefs.jsonl")
