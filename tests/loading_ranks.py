@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from runs import train_config
+from runs import stage_config, train_config
 
 from shine.config import BackboneConfig
 from shine.training import loop
@@ -66,7 +66,7 @@ with join_ranks("cpu") as ranks:
     if ranks.first:
         watcher.start()
     backbone = BackboneConfig(path=str(folder / "backbone"), dtype=dtype, device="cpu")
-    held_by_the_run = loop.train(train_config("", folder / "run", backbone=backbone))
+    held_by_the_run = loop.train(train_config("", folder / "run", backbone=backbone, stage=stage_config("mqa", batch_size=8)))
     ranks.wait()
     done.set()
     if ranks.first:
