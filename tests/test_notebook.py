@@ -23,7 +23,9 @@ def executed() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+        NotebookClient(
+            notebook, timeout=300, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(ROOT)}}
+        ).execute()
     return notebook
 
 

@@ -59,19 +59,22 @@ def test_ranks_train_what_one_trains(size: int, dtype: Any, tolerance: float, ti
 
 
 def test_sharded_trainables_train_what_whole_ones_do(tiny_backbone_folder: str, tmp_path: Path) -> None:
-    """FSDP2: the same losses and weights; what two sharding ranks saved, one rank without sharding goes on from."""
+    """FSDP2: the same losses and weights; what two sharding ranks saved, one rank without sharding goes on from.
+
+    transformers computes norms in float32: a last bit that differs in float64 now and then becomes one that differs there.
+    """
     values = {
         "backbone": BackboneConfig(path=tiny_backbone_folder, dtype="float64", device="cpu", activation_checkpointing=True),
         "stage": stage_config("mqa", micro_batch_size=1, save_every=10, evaluate_every=5),
     }
     train(train_config(tiny_backbone_folder, tmp_path / "one", **values))
     assert run_ranks(2, tiny_backbone_folder, tmp_path / "parts", own_seeds=True, engine="fsdp", **values) == [0, 0]
-    assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-9)
-    assert_same_weights(tmp_path / "parts", tmp_path / "one", tolerance=1e-9)
+    assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-7)
+    assert_same_weights(tmp_path / "parts", tmp_path / "one", tolerance=1e-7)
     (tmp_path / "parts" / "final" / WEIGHTS_FILE).unlink()
     train(train_config(tiny_backbone_folder, tmp_path / "parts", resume="latest", **values))
-    assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-9)
-    assert_same_weights(tmp_path / "parts", tmp_path / "one", tolerance=1e-9)
+    assert losses_of(tmp_path / "parts") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-7)
+    assert_same_weights(tmp_path / "parts", tmp_path / "one", tolerance=1e-7)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
