@@ -120,7 +120,8 @@ def test_a_bad_number_on_one_rank_skips_the_step_on_both(
     assert run_ranks(2, tiny_backbone_folder, tmp_path / "good", **changes) == [0, 0]
     bad, good = losses_of(tmp_path / "bad"), losses_of(tmp_path / "good")
     assert [index for index, loss in enumerate(bad) if not math.isfinite(loss)] == ([1] if where == "loss" else [])
-    assert bad[0] == good[0]
+    # float32: sums depend on where tensors lie in memory.
+    assert bad[0] == pytest.approx(good[0], rel=1e-6)
     assert all(math.isfinite(loss) for loss in bad[2:])
     row = (tmp_path / "bad" / "bad_steps.jsonl").read_text()
     assert '"step": 2' in row
