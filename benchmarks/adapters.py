@@ -24,6 +24,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from shine.backbone import Backbone
 from shine.config import BackboneConfig, HypernetworkConfig, TaskTokens
+from shine.flops import adapter_parameters
 from shine.hypernetwork import Hypernetwork
 from shine.model import Shine
 from shine.zoo import load_backbone
@@ -63,7 +64,7 @@ def computed(name: str, rank: int) -> Row:
     with torch.device("meta"):
         backbone = Backbone(Qwen3ForCausalLM(_config(name)))
         hypernetwork = Hypernetwork(HypernetworkConfig(rank=rank), backbone)
-    return Row(name, rank, _values(backbone, rank), _held(backbone, hypernetwork))
+    return Row(name, rank, adapter_parameters(backbone, rank), _held(backbone, hypernetwork))
 
 
 def _config(name: str) -> Qwen3Config:
@@ -94,7 +95,7 @@ def random(name: str, rank: int) -> Row:
         lora = hypernetwork(backbone, ids, None)
         seconds = time.perf_counter() - started
     values = sum(a.numel() + b.numel() for a, b in lora.values())
-    assert values == _values(backbone, rank)
+    assert values == adapter_parameters(backbone, rank)
     return Row(name, rank, values, _held(backbone, hypernetwork), TOKENS, seconds, _peak())
 
 
@@ -117,7 +118,7 @@ def measured(name: str, rank: int) -> Row:
         lora = shine.encode(text, long="cut")
         times.append(time.perf_counter() - started)
     values = sum(a.numel() + b.numel() for a, b in lora.values())
-    assert values == _values(shine.backbone, rank)
+    assert values == adapter_parameters(shine.backbone, rank)
     weights = _held(shine.backbone, shine.hypernetwork)
     # The first encodes on cold caches.
     return Row(name, rank, values, weights, lora.provenance[0][0].context.read, statistics.median(times[1:]), _peak())
@@ -131,10 +132,6 @@ def _held(backbone: Backbone, hypernetwork: Hypernetwork) -> int:
     """Bytes of both, a backbone without weights in bfloat16."""
     width = 2 if backbone.device.type == "meta" else backbone.dtype.itemsize
     return width * _count(backbone.model) + 4 * _count(hypernetwork)
-
-
-def _values(backbone: Backbone, rank: int) -> int:
-    return sum(shape.parameters(rank) for layer in backbone.linear_shapes for shape in layer)
 
 
 def _count(module: torch.nn.Module) -> int:

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from shine.backbone import Backbone
 from shine.chat import IGNORE
+from shine.data.batching import pad_left
 from shine.data.samples import Sample
 from shine.hypernetwork import Hypernetwork
 
@@ -93,7 +94,6 @@ def _tf32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _padded(row: Sequence[int], width: int, *, value: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    ids = torch.tensor([[value] * (width - len(row)) + list(row)], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row)], device=device)
-    return ids, mask
+def _padded(row: Sequence[int], width: int, *, value: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    ids, mask = pad_left([row], value=value, multiple=width)
+    return ids.to(device), None if mask is None else mask.to(device)

@@ -25,7 +25,9 @@ from subject import MODELS, Subject, examples, load
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from shine.chat import IGNORE
 from shine.config import StageConfig
+from shine.data.batching import pad_left
 from shine.data.samples import Sample
 from shine.flops import fine_tuning_flops, training_flops
 from shine.training.distributed import Ranks
@@ -188,14 +190,10 @@ class FineTuning:
         config = LoraConfig(r=hypernetwork.layout.rank, target_modules=list(hypernetwork.config.targets))
         self._model = get_peft_model(subject.plain(), config, autocast_adapter_dtype=False)
         self._optimizer = still(torch.optim.AdamW(p for p in self._model.parameters() if p.requires_grad))
-        longest = max(sample.tokens for sample in samples)
-        rows = [(sample.context_ids + sample.input_ids, [-100] * len(sample.context_ids) + sample.labels) for sample in samples]
-        gaps = [longest - len(ids) for ids, _ in rows]
-        padded = [
-            ([0] * gap + ids, [0] * gap + [1] * len(ids), [-100] * gap + marks)
-            for gap, (ids, marks) in zip(gaps, rows, strict=True)
-        ]
-        self._ids, self._mask, self._labels = (torch.tensor(column, device=subject.device) for column in zip(*padded, strict=True))
+        ids, mask = pad_left([sample.context_ids + sample.input_ids for sample in samples], value=0)
+        labels, _ = pad_left([[IGNORE] * len(sample.context_ids) + sample.labels for sample in samples], value=IGNORE)
+        self._ids, self._labels = ids.to(subject.device), labels.to(subject.device)
+        self._mask = None if mask is None else mask.to(subject.device)
 
     def __call__(self) -> None:
         self._optimizer.zero_grad()

@@ -239,15 +239,13 @@ class Backbone:
         Raises:
             ValueError: ``lora`` holds more than one adapter, or the weights are quantised.
         """
-        if lora.batch != 1:
-            raise ValueError(f"these are {lora.batch} adapters: merge one of them, lora.select([i])")
+        lora.require_one()
         state = self.model.state_dict()
-        for path, (a, b) in lora.items():
+        for path in lora:
             weight = state[f"{path}.weight"]
             if not weight.is_floating_point():
                 raise ValueError(f"{path} is quantised: wear the adapter instead of merging it")
-            update = (a[0].to(weight.device, torch.float32) @ b[0].to(weight.device, torch.float32)).mT
-            state[f"{path}.weight"] = (weight + update).to(weight.dtype)
+            state[f"{path}.weight"] = lora.merged_into(path, weight)
         with torch.device("meta"):
             twin = type(self.model)(self.model.config)
         twin.load_state_dict(state, assign=True)

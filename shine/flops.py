@@ -2,8 +2,7 @@
 
 A linear of ``N`` weights costs ``2 N`` a token forward, ``2 N`` for the gradient of its input and ``2 N`` for that of its weights:
 4 N a token in training where it is frozen, 6 N where it is trained. Attention counts its scores and its mixture on one side of the
-diagonal.
-Norms, activations, softmax and embeddings are not counted.
+diagonal. Norms, activations, softmax and embeddings are not counted.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def training_flops(backbone: Backbone, hypernetwork: Hypernetwork, *, read: int,
     again = 2 if backbone.activation_checkpointing else 0
     linears = (4 + again) * _weights(backbone.layers) * (read + memory + answered)
     meta = (6 + again) * (read + memory) * sum(parameter.numel() for parameter in hypernetwork.meta_lora.parameters())
-    generated = (6 + again) * answered * _generated(backbone, hypernetwork)
+    generated = (6 + again) * answered * adapter_parameters(backbone, hypernetwork.layout.rank)
     attention = (6 + again) * _attention(backbone) * ((read + memory) ** 2 + answered**2)
     return linears + meta + generated + attention + 4 * labels * _vocabulary(backbone) + 3 * _m2p(backbone, hypernetwork)
 
@@ -48,17 +47,17 @@ def forward_flops(backbone: Backbone, *, tokens: int, predicted: int) -> float:
 
 def fine_tuning_flops(backbone: Backbone, *, tokens: int, predicted: int, rank: int) -> float:
     """A training step of an ordinary LoRA of ``rank`` on one sequence of the frozen model."""
-    adapter = sum(shape.parameters(rank) for row in backbone.linear_shapes for shape in row)
-    linears = (4 * _weights(backbone.layers) + 6 * adapter) * tokens
+    linears = (4 * _weights(backbone.layers) + 6 * adapter_parameters(backbone, rank)) * tokens
     return linears + 6 * _attention(backbone) * tokens**2 + 4 * predicted * _vocabulary(backbone)
+
+
+def adapter_parameters(backbone: Backbone, rank: int) -> int:
+    """Values of a LoRA of ``rank`` for every target linear of the backbone."""
+    return sum(shape.parameters(rank) for row in backbone.linear_shapes for shape in row)
 
 
 def _weights(modules: Iterable[nn.Module]) -> int:
     return sum(m.weight.numel() for module in modules for m in module.modules() if isinstance(m, nn.Linear))
-
-
-def _generated(backbone: Backbone, hypernetwork: Hypernetwork) -> int:
-    return sum(shape.parameters(hypernetwork.layout.rank) for row in backbone.linear_shapes for shape in row)
 
 
 def _attention(backbone: Backbone) -> int:

@@ -94,6 +94,25 @@ class LoRA(Mapping[str, tuple[Tensor, Tensor]]):
         """The same update on another device or in another type."""
         return LoRA({path: (a.to(device, dtype), b.to(device, dtype)) for path, (a, b) in self.items()}, self.provenance)
 
+    def require_one(self) -> None:
+        """Make sure that this can be merged into weights.
+
+        Raises:
+            ValueError: these are several adapters.
+        """
+        if self.batch != 1:
+            raise ValueError(f"these are {self.batch} adapters: merge one of them, lora.select([i])")
+
+    def merged_into(self, path: str, weight: Tensor) -> Tensor:
+        """``weight`` ``[out, in]`` of the linear at ``path`` with the update of a single adapter added.
+
+        Summed in float32 at least and rounded once to the weight's type.
+        """
+        assert self.batch == 1
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        a, b = (values[0].to(weight.device, wide) for values in self[path])
+        return (weight.to(wide) + (a @ b).mT).to(weight.dtype)
+
     def select(self, samples: Sequence[int] | Tensor) -> LoRA:
         """The adapters of the given samples, in that order; a sample may be taken several times."""
         index = torch.as_tensor(samples, dtype=torch.long, device=next(iter(self.values()))[0].device)

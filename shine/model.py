@@ -138,24 +138,16 @@ class Shine:
         """
         texts = [contexts] if isinstance(contexts, str) else list(contexts)
         names = [None] * len(texts) if names is None else names
-        if len(names) != len(texts):
-            raise ValueError(f"{len(names)} names for {len(texts)} contexts: give one for each, or none at all")
-        if long not in ("split", "cut"):
-            raise ValueError(f"long={long!r}: a context that is too long is read in pieces, 'split', or to its limit, 'cut'")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: at least one piece is read at a time")
-        if not texts or not all(text.strip() for text in texts):
-            raise ValueError("a context is empty: give text to read")
-        if max_rank is not None and max_rank < 1:
-            raise ValueError(f"max_rank={max_rank}: a rank is at least 1")
-        lengths = [len(token_ids(self.tokenizer, text)) for text in texts]
+        _check_what_is_asked(texts, names, long=long, batch_size=batch_size, max_rank=max_rank)
+        tokens = [token_ids(self.tokenizer, text) for text in texts]
+        lengths = [len(ids) for ids in tokens]
         cut = [min(length, self.context_length) if long == "cut" else length for length in lengths]
         reader = Reader(self.hypernetwork, self.backbone, self.tokenizer, self.context_length, batch_size, max_rank, progress)
         if max(cut) <= self.context_length and (max_rank is None or max_rank >= self.hypernetwork.config.rank):
-            rows = [token_ids(self.tokenizer, text)[:length] for text, length in zip(texts, cut, strict=True)]
+            rows = [ids[:length] for ids, length in zip(tokens, cut, strict=True)]
             found = [(lora, 1, 1.0) for lora in reader.each(rows)]
         else:
-            found = [reader.whole(text, tokens, overlap=overlap) for text, tokens in zip(texts, cut, strict=True)]
+            found = [reader.whole(text, length, overlap=overlap) for text, length in zip(texts, cut, strict=True)]
         if len({lora.rank for lora, _, _ in found}) > 1:
             raise ValueError("these contexts need different ranks, since some are longer: encode each by itself, or set max_rank")
         records = [
@@ -321,6 +313,21 @@ class _Abandoned(StoppingCriteria):
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> torch.Tensor:
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+def _check_what_is_asked(
+    texts: Sequence[str], names: Sequence[str | None], *, long: str, batch_size: int, max_rank: int | None
+) -> None:
+    if len(names) != len(texts):
+        raise ValueError(f"{len(names)} names for {len(texts)} contexts: give one for each, or none at all")
+    if long not in ("split", "cut"):
+        raise ValueError(f"long={long!r}: a context that is too long is read in pieces, 'split', or to its limit, 'cut'")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least one piece is read at a time")
+    if not texts or not all(text.strip() for text in texts):
+        raise ValueError("a context is empty: give text to read")
+    if max_rank is not None and max_rank < 1:
+        raise ValueError(f"max_rank={max_rank}: a rank is at least 1")
 
 
 def _locate(path: str) -> str:

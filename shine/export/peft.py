@@ -135,8 +135,7 @@ def write_merged(lora: LoRA, directory: str | Path, *, backbone: str, dtype: tor
         ValueError: these are several adapters, they were made for another backbone, or the folder is not empty.
         OSError: the folder cannot be written.
     """
-    if lora.batch != 1:
-        raise ValueError(f"these are {lora.batch} adapters: merge one of them, lora.select([i])")
+    lora.require_one()
     folder = Path(directory).expanduser()
     may_replace(folder, names=frozenset(), what="merged model")
     path = resolve(backbone)
@@ -151,9 +150,9 @@ def write_merged(lora: LoRA, directory: str | Path, *, backbone: str, dtype: tor
                 f"this adapter was made for backbone {span.backbone.name} (fingerprint {wanted}), and {backbone} is another "
                 f"({found}): give --backbone the one it was made for"
             )
-    for name, (a, b) in lora.items():
+    for name in lora:
         weight = model.get_submodule(name).weight
-        weight.copy_(weight.float() + (a[0].float() @ b[0].float()).mT.to(weight.device))
+        weight.copy_(lora.merged_into(name, weight))
     with written_beside(folder) as beside, without_progress_bars():
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)

@@ -84,17 +84,10 @@ class Ranks:
         if self.size == 1:
             return find()
         found: list[T] = []
-        refusal = ""
-        if self.rank == of:
-            try:
+        with self.together():
+            if self.rank == of:
                 found = [find()]
-            except ValueError as error:
-                refusal = str(error)
-        answers = self.gather((found, refusal))
-        refusals = [refusal for _, refusal in answers if refusal]
-        if refusals:
-            raise SharedRefusalError(refusals[0])
-        return answers[of][0][0]
+        return self.gather(found)[of][0]
 
     def check_equal(self, module: nn.Module, *, step: int) -> None:
         """Make sure that every rank holds the same parameters; where each holds its own part of them, nothing can be compared.
@@ -132,14 +125,9 @@ class Ranks:
             return
         # Machines may have different numbers of ranks, and all ranks must meet equally often.
         for turn in range(max(self.gather(self.local_size))):
-            refusal = ""
-            if turn == self.local_rank:
-                try:
+            with self.together():
+                if turn == self.local_rank:
                     yield
-                except ValueError as error:
-                    refusal = str(error)
-            if refusals := [text for text in self.gather(refusal) if text]:
-                raise SharedRefusalError(refusals[0])
 
     @contextmanager
     def together(self) -> Iterator[None]:
