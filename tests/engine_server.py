@@ -10,16 +10,15 @@ import base64
 import io
 import json
 import pickle
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from loopback import LoopbackServer, serving
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -37,14 +36,6 @@ class Unpickler(pickle.Unpickler):
         if module.split(".")[0] not in ("torch", "collections", "builtins") or name in ("eval", "exec", "getattr"):
             raise RuntimeError(f"Blocked unsafe class loading ({module}.{name})")
         return super().find_class(module, name)
-
-
-class _Quiet(ThreadingHTTPServer):
-    """Says nothing of clients that hang up before the answer, as those with a short patience do."""
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
 
 
 class EngineServer:
@@ -67,8 +58,7 @@ class EngineServer:
         self.adapters: dict[str, str] = {}
         self.weights: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {}
         self.tokenizer = AutoTokenizer.from_pretrained(SHIPPED[BASE])
-        self.http = _Quiet(("127.0.0.1", 0), _handler(self))
-        self.http.daemon_threads = True
+        self.http = LoopbackServer(_handler(self))
         self.address = f"http://127.0.0.1:{self.http.server_port}"
 
     def load(self, name: str, config: dict[str, Any], tensors: dict[str, torch.Tensor], path: str) -> str | None:
@@ -204,11 +194,5 @@ def _handler(server: EngineServer) -> type[BaseHTTPRequestHandler]:
 def engine_server(kind: Literal["vllm", "sglang"], **options: Any) -> Iterator[EngineServer]:
     """A server in a thread of its own, gone when the block ends."""
     server = EngineServer(kind, **options)
-    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
+    with serving(server.http):
         yield server
-    finally:
-        server.http.shutdown()
-        server.http.server_close()
-        thread.join()

@@ -9,12 +9,13 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
+
+from loopback import LoopbackServer, serving
 
 TOKEN = "hf_right"
 LARGE = (".safetensors", ".pt", ".pth")
@@ -203,11 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
 def serve() -> Iterator[Hub]:
     """A hub that answers as both do, until the block ends."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server = LoopbackServer(type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(server):
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()

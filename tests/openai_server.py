@@ -11,8 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from loopback import LoopbackServer, serving
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,7 @@ class OpenAIServer:
         self.most_at_once = 0
         self.closing = threading.Event()
         self._now, self._seen, self._lock = 0, Counter[str](), threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._http.daemon_threads = True
-        # A reset client is no error of the server's.
-        self._http.handle_error = lambda request, address: None  # type: ignore[method-assign]
+        self._http = LoopbackServer(_handler(self))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -115,15 +114,11 @@ class OpenAIServer:
 def openai_server(behave: Callable[[Call, int], Behaviour]) -> Iterator[OpenAIServer]:
     """A server in a thread of its own, gone when the block ends."""
     server = OpenAIServer(behave)
-    thread = threading.Thread(target=server._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.closing.set()
-        server._http.shutdown()
-        server._http.server_close()
-        thread.join()
+    with serving(server._http):
+        try:
+            yield server
+        finally:
+            server.closing.set()
 
 
 def completion(text: str, *, finish_reason: str = "stop", usage: Mapping[str, int] | None = None) -> bytes:
