@@ -20,7 +20,8 @@ import time
 from dataclasses import dataclass
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from qwen3 import SHAPES, qwen3_config
+from transformers import Qwen3ForCausalLM
 
 from shine.backbone import Backbone
 from shine.config import BackboneConfig, HypernetworkConfig, TaskTokens
@@ -30,12 +31,6 @@ from shine.model import Shine
 from shine.zoo import load_backbone
 
 TOKENS = 1024
-QWEN3 = {
-    "Qwen3-0.6B": (1024, 3072, 28, 16),
-    "Qwen3-1.7B": (2048, 6144, 28, 16),
-    "Qwen3-8B": (4096, 12288, 36, 32),
-}
-"""Hidden and feed-forward size, layers, attention heads; eight heads of keys and values, heads of 128, 151,936 tokens."""
 RUN = [("cpu-world", 2), *(("smollm2-135m", rank) for rank in (3, 6, 12)), ("Qwen3-0.6B", 8)]
 
 
@@ -62,30 +57,16 @@ class Row:
 def computed(name: str, rank: int) -> Row:
     """Of a Qwen3 without weights, bfloat16."""
     with torch.device("meta"):
-        backbone = Backbone(Qwen3ForCausalLM(_config(name)))
+        backbone = Backbone(Qwen3ForCausalLM(qwen3_config(name)))
         hypernetwork = Hypernetwork(HypernetworkConfig(rank=rank), backbone)
     return Row(name, rank, adapter_parameters(backbone, rank), _held(backbone, hypernetwork))
-
-
-def _config(name: str) -> Qwen3Config:
-    hidden, feed_forward, layers, heads = QWEN3[name]
-    return Qwen3Config(
-        vocab_size=151_936,
-        hidden_size=hidden,
-        intermediate_size=feed_forward,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=name != "Qwen3-8B",
-    )
 
 
 @torch.no_grad()
 def random(name: str, rank: int) -> Row:
     """Run here with random weights, which change neither time nor memory: bfloat16, the second of two runs."""
     torch.set_default_dtype(torch.bfloat16)
-    model = Qwen3ForCausalLM(_config(name)).eval()
+    model = Qwen3ForCausalLM(qwen3_config(name)).eval()
     torch.set_default_dtype(torch.float32)
     backbone = Backbone(model)
     hypernetwork = Hypernetwork(HypernetworkConfig(rank=rank), backbone).eval()
@@ -168,7 +149,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.row:
         torch.set_num_threads(1)
-        run = random if args.row[0] in QWEN3 else measured
+        run = random if args.row[0] in SHAPES else measured
         print(json.dumps(vars(run(args.row[0], int(args.row[1])))))
         return
     rows = []
@@ -177,7 +158,7 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(Row(**json.loads(done.stdout)))
     done_before = {(row.backbone, row.rank) for row in rows}
-    rows += [computed(name, rank) for name in QWEN3 for rank in (4, 8, 16) if (name, rank) not in done_before]
+    rows += [computed(name, rank) for name in SHAPES for rank in (4, 8, 16) if (name, rank) not in done_before]
     print(table(rows))
 
 

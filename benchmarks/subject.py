@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from machine import configured
+from qwen3 import SHAPES, qwen3_config
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shine import attention
 from shine.backbone import Backbone
@@ -23,11 +24,7 @@ from shine.zoo import find_device, load_model, resolve, without_progress_bars
 
 EXPERIMENTS = {"smollm2-135m": "smollm2", "cpu-world": "cpu_world"}
 """Models with weights, and the experiment whose hypernetwork they get."""
-QWEN3 = {
-    "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
-    "qwen3-1.7b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16},
-    "qwen3-8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
-}
+QWEN3 = {name.lower(): name for name in SHAPES}
 """Shapes that get random weights on the device: nothing measured here depends on what they are."""
 MODELS = (*EXPERIMENTS, *QWEN3)
 
@@ -102,8 +99,7 @@ def _with_weights(name: str) -> PreTrainedModel:
 
 
 def _with_random_weights(name: str, device: torch.device) -> PreTrainedModel:
-    shape: dict[str, Any] = {**QWEN3[name], "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936}
-    config = Qwen3Config(**shape, tie_word_embeddings=name != "qwen3-8b", rms_norm_eps=1e-6, max_position_embeddings=40_960)
+    config = qwen3_config(QWEN3[name])
     torch.manual_seed(0)
     with device:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

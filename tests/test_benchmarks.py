@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_hypernetwork_config, tiny_model
+from recipe import recipe_loss
+from subject import load
 
 from shine.backbone import Backbone
 from shine.data.batching import collate
@@ -17,19 +18,9 @@ from shine.data.samples import Sample
 from shine.hypernetwork import Hypernetwork
 from shine.training.step import label_losses
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a script at that place imports."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-
 
 def test_the_recipes_loss_and_gradients_are_ours() -> None:
     """In float32, padded to more than the sample needs."""
-    from recipe import recipe_loss
-
     torch.manual_seed(0)
     backbone = Backbone(tiny_model())
     hypernetwork = Hypernetwork(tiny_hypernetwork_config(), backbone)
@@ -44,8 +35,6 @@ def test_the_recipes_loss_and_gradients_are_ours() -> None:
 
 
 def test_fine_tuning_has_a_model_of_its_own_on_the_same_weights() -> None:
-    from subject import load
-
     subject = load("cpu-world", device="cpu")
     before = copy.deepcopy(dict(subject.backbone.model.named_parameters()))
     ids = torch.arange(8)[None] + 10

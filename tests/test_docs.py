@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import adapters
 import pytest
+import sums
 import yaml
 
-from benchmarks import adapters, sums
 from shine import Shine
 from shine.cli.collect import load
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -10,9 +9,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
-import pytest
+import machine
 import torch
 
 from shine.backbone import Backbone
@@ -20,25 +18,14 @@ from shine.backbone import Backbone
 FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "machine.py"
 
 
-@pytest.fixture(scope="module")
-def machine() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("machine", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["machine"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_runs_take_turns_and_the_first_round_is_not_timed(machine: ModuleType) -> None:
+def test_runs_take_turns_and_the_first_round_is_not_timed() -> None:
     order: list[str] = []
     seconds = machine.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3)
     assert "".join(order) == "ba" + "ab" + "ba" + "ab"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
 
 
-def test_what_takes_twice_as_long_has_the_ratio_two(machine: ModuleType) -> None:
+def test_what_takes_twice_as_long_has_the_ratio_two() -> None:
     seconds = machine.alternate({"short": lambda: time.sleep(0.02), "long": lambda: time.sleep(0.04)}, rounds=3)
     ratio = machine.ratio_with_spread(seconds["long"], seconds["short"])
     assert ratio.low <= ratio.median <= ratio.high
@@ -46,7 +33,7 @@ def test_what_takes_twice_as_long_has_the_ratio_two(machine: ModuleType) -> None
     assert str(machine.ratio_with_spread([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])) == "2.00 (1.00 to 3.00 in 3 rounds)"
 
 
-def test_the_limits_are_those_of_the_shapes(machine: ModuleType, make_backbone: Callable[..., Backbone]) -> None:
+def test_the_limits_are_those_of_the_shapes(make_backbone: Callable[..., Backbone]) -> None:
     """The rate counts two operations a multiplication: a product timed by hand takes about as long as it says."""
     shapes = machine.linear_shapes(make_backbone(), rows=5)
     assert len(shapes) == 3 * 7
@@ -75,7 +62,7 @@ def test_the_benchmark_of_answering_runs(tiny_backbone_folder: str, tmp_path: Pa
     assert re.search(r"times as many questions a second: [\d.]+ \([\d.]+ to [\d.]+ in 1 rounds\)", found.stdout)
 
 
-def test_a_copy_reads_and_writes(machine: ModuleType) -> None:
+def test_a_copy_reads_and_writes() -> None:
     source, target = torch.ones(1 << 27, dtype=torch.uint8), torch.ones(1 << 27, dtype=torch.uint8)
     times = []
     for _ in range(5):
