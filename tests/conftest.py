@@ -10,8 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+# Before torch is imported, here and in every process that a test starts: models this small gain nothing from a second thread, and
+# threads of two processes on two cores wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
+from exact import install_exact_norms
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,6 +48,12 @@ ARCHITECTURES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
 }
+
+
+@pytest.fixture
+def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms and rotations of Qwen3 in the model's own precision (see `exact`)."""
+    install_exact_norms(monkeypatch)
 
 
 def tiny_model(kind: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from exact import install_exact_norms
 from runs import train_config
 from torch import Tensor, nn
 
@@ -25,9 +26,12 @@ from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE
 from shine.training.validation import Validation
 
-# Forked from a server that has imported everything once, a process starts in a fraction of a second.
+# Forked from a server that has imported what takes long, a process starts in a fraction of a second. The server does not find
+# the modules beside this one: it would leave them out without a word.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["processes"])
+CONTEXT.set_forkserver_preload(
+    ["pytest", "torch", "transformers.models.qwen3.modeling_qwen3", "transformers.models.llama.modeling_llama", "shine.cli.stages"]
+)
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,21 @@ class Fault:
 
 
 def run_rank(
-    rank: int, size: int, port: int, folder: str, output: str, fault: Fault | None, own_seeds: bool, changes: dict[str, Any]
+    rank: int,
+    size: int,
+    port: int,
+    folder: str,
+    output: str,
+    fault: Fault | None,
+    own_seeds: bool,
+    exact: bool,
+    changes: dict[str, Any],
 ) -> None:
     """The body of one rank's process."""
     become_rank(rank, size, port)
     with pytest.MonkeyPatch.context() as monkeypatch:
+        if exact:
+            install_exact_norms(monkeypatch)
         if rank == 1 and fault is not None:
             fault.install(monkeypatch)
         if own_seeds:
@@ -120,10 +134,9 @@ def run_rank(
 
 
 def become_rank(rank: int, size: int, port: int) -> None:
-    """What ``torchrun`` tells a process, on one thread."""
+    """What ``torchrun`` tells a process."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
 
 
 def free_port() -> int:
@@ -155,16 +168,24 @@ def error_file(output: Path, rank: int) -> Path:
 
 
 def start_ranks(
-    size: int, folder: str, output: Path, *, fault: Fault | None = None, own_seeds: bool = False, **changes: Any
+    size: int,
+    folder: str,
+    output: Path,
+    *,
+    fault: Fault | None = None,
+    own_seeds: bool = False,
+    exact: bool = False,
+    **changes: Any,
 ) -> list[multiprocessing.process.BaseProcess]:
     """Start training with ``size`` processes.
 
     Args:
         own_seeds: every rank draws other random weights than the configuration's seed says.
+        exact: norms and rotations in the backbone's own precision, as the fixture ``exact_norms`` has them in this process.
     """
     port = free_port()
     ranks = [
-        CONTEXT.Process(target=run_rank, args=(rank, size, port, folder, str(output), fault, own_seeds, changes))
+        CONTEXT.Process(target=run_rank, args=(rank, size, port, folder, str(output), fault, own_seeds, exact, changes))
         for rank in range(size)
     ]
     for process in ranks:
@@ -181,14 +202,13 @@ def run_ranks(size: int, folder: str, output: Path, **options: Any) -> list[int 
 
 
 def train_in_process(folder: str, output: Path, **changes: Any) -> multiprocessing.process.BaseProcess:
-    """Start a training run of one rank on one thread, as `train_config` describes it."""
+    """Start a training run of one rank, as `train_config` describes it."""
     process = CONTEXT.Process(target=_train, args=(folder, str(output), changes))
     process.start()
     return process
 
 
 def _train(folder: str, output: str, changes: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
     train(train_config(folder, Path(output), **changes))
 
 

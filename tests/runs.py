@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 import transformers
 from conftest import tiny_hypernetwork_config, tiny_tokenizer
@@ -22,6 +21,7 @@ from shine.data.samples import Sample
 from shine.data.sources import read_source
 from shine.training.monitor import METRICS_FILE
 
+ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 WORLDS = SourceConfig(kind="worlds", options={"count": 60, "seed": 5})
 
@@ -61,13 +61,17 @@ def stage_samples(name: str, count: int) -> list[Sample]:
     return [sample for sample in found if sample is not None]
 
 
-def run_script(name: str, *arguments: str | Path) -> int:
-    """The exit code of a script of ``generate_data/``, run in this process, where the large libraries are already loaded."""
-    script = Path(__file__).resolve().parent.parent / "generate_data" / name
-    with mock.patch.object(sys, "argv", [str(script), *map(str, arguments)]), pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(script), run_name="__main__")
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
+def run_program(name: str, *arguments: str | Path) -> int:
+    """The exit code of a program of the clone, such as ``train.py``, run in this process, where the large libraries are already
+    loaded.
+    """
+    program = ROOT / name
+    with mock.patch.object(sys, "argv", [str(program), *map(str, arguments)]):
+        try:
+            runpy.run_path(str(program), run_name="__main__")
+        except SystemExit as ended:
+            return int(ended.code or 0)
+    return 0
 
 
 def losses_of(output: Path) -> list[float]:

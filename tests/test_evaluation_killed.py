@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from processes import CONTEXT
 
 from shine.config import BackboneConfig, DataConfig, EvaluationConfig, HypernetworkConfig, PromptConfig, SourceConfig, StageConfig
@@ -48,7 +47,6 @@ def evaluate_on_rank(rank: int, size: int, port: int, config: EvaluationConfig, 
     """The body of one rank's process; it leaves the numbers of the units that it computed in the file ``note``."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     append, computed = ResultFolder.append, []
 
     def noting(self: ResultFolder, rank: int, unit: Any, *args: Any) -> None:
@@ -130,8 +128,7 @@ def start(output: Path, *, ranks: int = 1) -> subprocess.Popen[bytes]:
     overrides = ["experiment=cpu_world", f"checkpoint={ASSETS / 'cpu-world' / 'hypernetwork'}", f"output={output}", "batch_size=1"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launch, str(ROOT / "test.py"), *overrides, f"data.test.worlds.options.count={CONTEXTS}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=output.parent)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=output.parent)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
@@ -197,7 +194,6 @@ def evaluate_until(config: EvaluationConfig, place: str) -> None:
             die()
 
     ResultFolder.append, ResultFolder.close, results._replace = appending, closing, replacing  # type: ignore[method-assign]
-    torch.set_num_threads(1)
     evaluate(config)
 
 

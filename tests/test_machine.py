@@ -54,7 +54,7 @@ def test_the_benchmark_of_answering_runs(tiny_backbone_folder: str, tmp_path: Pa
     small = ["backbone=custom", f"backbone.path={tiny_backbone_folder}", "backbone.dtype=float32", "backbone.device=cpu"]
     small += ["hypernetwork.rank=2", "hypernetwork.meta_rank=4", "hypernetwork.m2p.heads=2", "max_new_tokens=2", "sets=stories"]
     command = [sys.executable, str(FILE.with_name("evaluate.py")), *small, "--contexts", "2", "--rounds", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(FILE.parent.parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(FILE.parent.parent)}
     found = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert found.returncode == 0, found.stderr
     assert re.search(r"2 at a time: [\d.]+ questions/s", found.stdout)

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from runs import losses_of, run_script, stage_config, train_config
+from runs import losses_of, run_program, stage_config, train_config
 from test_sources import shared
 
 from shine.cli.doors import composed
@@ -36,7 +36,9 @@ def build(stage: str, output: Path, *more: str | Path) -> list[dict[str, Any]]:
     arguments = documented(f"python generate_data/build_{stage}.py")
     assert arguments[:2] == ["--tokenizer", "smollm2-135m"]
     # The shipped tokenizer, which needs no network.
-    assert run_script(f"build_{stage}.py", "--tokenizer", "cpu-world", *arguments[2:], "--output", output, *more) == 0
+    assert (
+        run_program(f"generate_data/build_{stage}.py", "--tokenizer", "cpu-world", *arguments[2:], "--output", output, *more) == 0
+    )
     items: list[dict[str, Any]] = json.loads(output.read_text(encoding="utf-8"))
     return items
 

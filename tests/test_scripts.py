@@ -110,7 +110,7 @@ STEPS = [
 def surroundings(**more: str) -> dict[str, str]:
     """The environment of a script: our Python first on the path, no accelerator, one thread a rank."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**os.environ, "OMP_NUM_THREADS": "1", "NAME": "mine", "PYTHONPATH": str(ROOT), "PATH": path, **more}
+    return {**os.environ, "NAME": "mine", "PYTHONPATH": str(ROOT), "PATH": path, **more}
 
 
 @pytest.mark.slow

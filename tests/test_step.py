@@ -13,7 +13,6 @@ from conftest import tiny_hypernetwork_config
 from runs import stage_config, stage_samples
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers.models.qwen3 import modeling_qwen3
 
 from shine.backbone import Backbone
 from shine.data.batching import collate
@@ -24,21 +23,6 @@ from shine.training.guard import NOT_FINITE, Guard
 from shine.training.optimizer import build_optimizer, learning_rate
 from shine.training.parallel import accumulating
 from shine.training.step import label_losses, training_step
-
-
-@pytest.fixture
-def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms and rotations of Qwen3 in the model's own precision: transformers computes them in float32 even in a float64 model."""
-
-    def rotate(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = position_ids[..., None].to(x.dtype) * self.inv_freq.to(x.dtype)
-        return torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
-
-    def normalise(self: Any, x: Tensor) -> Tensor:
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-    monkeypatch.setattr(modeling_qwen3.Qwen3RotaryEmbedding, "forward", rotate)
-    monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", normalise)
 
 
 def gradients_of(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import run_script
+from runs import run_program
 
 from shine.config import SourceConfig
 from shine.data.examples import Example
@@ -222,12 +222,12 @@ def test_a_thousand_stories_take_seconds() -> None:
 
 def test_the_script_writes_what_a_jsonl_source_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [tmp_path / "new" / "stories.jsonl", "--count", "30", "--seed", "4"]
-    assert run_script("invent_worlds.py", *arguments) == 0
+    assert run_program("generate_data/invent_worlds.py", *arguments) == 0
     assert list(read_source(SourceConfig("jsonl", str(arguments[0])))) == EXAMPLES[:30]
     capsys.readouterr()
-    assert run_script("invent_worlds.py", *arguments, "--kind", "worlds", "--hops", "2") == 2
+    assert run_program("generate_data/invent_worlds.py", *arguments, "--kind", "worlds", "--hops", "2") == 2
     assert capsys.readouterr().err == "error: --hops belongs to stories: leave it out, or --kind stories\n"
-    assert run_script("invent_worlds.py", *arguments, "--kind", "worlds") == 0
+    assert run_program("generate_data/invent_worlds.py", *arguments, "--kind", "worlds") == 0
     worlds = list(read_source(SourceConfig("jsonl", str(arguments[0]))))
     assert [example.context for example in worlds] == [example.context for example in World(seed=4).examples(30)]
 

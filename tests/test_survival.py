@@ -94,8 +94,7 @@ def test_sigterm_saves_and_stops_and_the_door_says_so(tiny_backbone_folder: str,
     command = [sys.executable, "train.py", "experiment=cpu_world", "stage=mqa", "from_scratch=true", "stage.batch_size=2"]
     command += ["stage.micro_batch_size=2", "stage.log_every=1", "stage.steps=100000", "data.train.worlds.options.count=100"]
     command += [f"backbone.path={tiny_backbone_folder}", f"output={tmp_path}", "stage.evaluate_every=0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment) as run:
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
         while run.poll() is None and (not (tmp_path / METRICS_FILE).exists() or not (tmp_path / METRICS_FILE).stat().st_size):
             time.sleep(0.02)
         run.send_signal(signal.SIGTERM)

@@ -52,15 +52,6 @@ def test_golden_losses(stage: str, recorded_now: dict[str, Any]) -> None:
     assert recorded_now[stage] == pytest.approx(golden[stage], rel=1e-4)
 
 
-@pytest.fixture
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_a_resumed_run_is_the_run_that_was_not_stopped(tiny_backbone_folder: str, tmp_path: Path) -> None:
     """Stopped after step 14, saved at 12, resumed in the same folder: weights and metrics end as if nothing had happened."""
     stage = stage_config(save_every=6, keep=3)

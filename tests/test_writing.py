@@ -19,7 +19,7 @@ import yaml
 from conftest import tiny_tokenizer
 from filelock import FileLock
 from openai_server import Behaviour, Call, OpenAIServer, Refuse, Say, openai_server
-from runs import run_script
+from runs import run_program
 
 from shine.cli.collect import load
 from shine.config import RemoteConfig, SourceConfig, parse
@@ -274,10 +274,10 @@ def test_the_script_writes_checks_and_says_what_it_came_to(
 ) -> None:
     with serving(monkeypatch) as server:
         command, _ = script(tmp_path, server, "--yes", count=3)
-        assert run_script("generate_conversations.py", *command[2:]) == 0
+        assert run_program("generate_data/generate_conversations.py", *command[2:]) == 0
         assert len(server.calls) == 3 + 9 + 9
         # Once more: nothing is left to ask.
-        assert run_script("generate_conversations.py", *command[2:]) == 0
+        assert run_program("generate_data/generate_conversations.py", *command[2:]) == 0
         assert len(server.calls) == 3 + 9 + 9
     out = capsys.readouterr().out
     assert out.count(" at the prices given for m\n") == 2

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from sklearn.model_selection import GroupShuffleSplit
 
 from shine.config import SourceConfig
 from shine.data.examples import Example
@@ -30,6 +29,9 @@ def one_side(examples: Iterable[Example], contexts: Iterable[str], config: Sourc
     Raises:
         ValueError: there are too few contexts to hold some out.
     """
+    # Takes most of a second, and few runs split anything.
+    from sklearn.model_selection import GroupShuffleSplit
+
     groups = np.array([_hash(words_of(context)) for context in contexts], dtype=np.uint64)
     if len(np.unique(groups)) < 2:
         raise ValueError(f"part={config.part}: a split needs at least two different contexts; set part=all")
