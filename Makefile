@@ -29,7 +29,7 @@ demo: $(READY) ## train the CPU world briefly, score the shipped checkpoint, wri
 	@$(RUN) examples/demo.py
 
 test: $(READY) ## run the test suite without what is slow, and list what was left out (under 10 minutes)
-	@$(RUN) -m pytest -m "not slow"
+	@$(RUN) -m pytest -m "not slow" --numprocesses auto --maxprocesses 8
 	@echo "Left out as slow (make test-all runs them):"
 	@$(RUN) -m pytest -m slow --collect-only -q | grep :: || echo "none"
 

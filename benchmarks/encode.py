@@ -14,7 +14,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from machine import Ratio, alternate, describe, peak_memory, ratio_with_spread
+from machine import Ratio, alternate, peak_memory, ratio_with_spread, show_limits
 from subject import MODELS, Subject, load, tokens
 
 from shine.flops import encoding_flops, forward_flops
@@ -31,16 +31,18 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     subject = load(args.model, device=args.device)
-    print(f"{args.model} on {describe(subject.device)}, {subject.hypernetwork.memory_tokens.shape[0]} memory tokens\n")
+    rates = show_limits(subject.backbone, rows=args.lengths)
+    print(f"\n{args.model}, {subject.hypernetwork.memory_tokens.shape[0]} memory tokens")
     head = f"{'context':>8} {'encoding':>10} {'a token':>10} {'plain pass':>11} {'times as long':>28}"
-    print(f"{head} {'arithmetic':>11} {'of it':>6} {'peak':>10}")
+    print(f"{head} {'arithmetic':>11} {'of it':>6} {'of the rate':>12} {'peak':>10}")
     a_token: list[float] = []
     for length in args.lengths:
         encoding, plain, peak = measure(subject, length, rounds=args.rounds)
         ratio = ratio_with_spread(encoding, plain)
         spent = median(encoding)
         a_token.append(spent / length)
-        print(_line(subject, length, spent=spent, plain=median(plain), ratio=ratio, peak=peak), flush=True)
+        rate = rates[length, subject.backbone.dtype]
+        print(_line(subject, length, spent=spent, plain=median(plain), ratio=ratio, peak=peak, rate=rate), flush=True)
     print(f"\na token of {args.lengths[-1]:,} takes {a_token[-1] / a_token[0]:.2f} times as long as one of {args.lengths[0]:,}")
 
 
@@ -63,14 +65,14 @@ def measure(subject: Subject, length: int, *, rounds: int) -> tuple[list[float],
     return seconds["encode"], seconds["read"], peak_memory(encode, subject.device)
 
 
-def _line(subject: Subject, length: int, *, spent: float, plain: float, ratio: Ratio, peak: int) -> str:
+def _line(subject: Subject, length: int, *, spent: float, plain: float, ratio: Ratio, peak: int, rate: float) -> str:
     memory = subject.hypernetwork.memory_tokens.shape[0]
     more = encoding_flops(subject.backbone, subject.hypernetwork, read=length)
     allowed = more / forward_flops(subject.backbone, tokens=length + memory, predicted=0)
     spread = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
     return (
         f"{length:>8,} {spent:>8.3f} s {spent / length * 1e6:>7,.0f} us {plain:>9.3f} s {spread:>28} {allowed:>11.2f} "
-        f"{ratio.median / allowed:>6.2f} {peak / 2**30:>6.2f} GiB"
+        f"{ratio.median / allowed:>6.2f} {more / spent / rate:>12.0%} {peak / 2**30:>6.2f} GiB"
     )
 
 

@@ -1,7 +1,7 @@
 """How many questions a second are answered, with contexts side by side against one by one.
 
-    python benchmarks/evaluate.py data.test.squad.path=data/squad
-    python benchmarks/evaluate.py sets=stories hypernetwork=smollm2 --contexts 16 --rounds 5
+    python benchmarks/evaluate.py                                      # SmolLM2-135M on invented stories
+    python benchmarks/evaluate.py sets=squad data.test.squad.path=data/squad --contexts 16 --rounds 5
 
 The contexts are different ones of like length, as an evaluation puts them together. Both ways encode the contexts, wear their
 adapters and answer greedily through what ``test.py`` runs; they take turns. Without ``checkpoint=`` the hypernetwork is a random
@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from machine import alternate, configured, copy_bandwidth, describe, gemm_rate, linear_shapes, ratio_with_spread
+from machine import alternate, configured, ratio_with_spread, show_limits
 
-from shine.backbone import Backbone
 from shine.chat import token_ids
 from shine.checkpoint import load_hypernetwork
 from shine.config import EvaluationConfig
@@ -59,7 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed ones (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", help="as for test.py")
     args = parser.parse_intermixed_args()
-    config = configured(EvaluationConfig, "test", ["hypernetwork=smollm2", "max_new_tokens=32", *args.overrides])
+    config = configured(EvaluationConfig, "test", ["hypernetwork=smollm2", "sets=stories", "max_new_tokens=32", *args.overrides])
     with without_progress_bars():
         backbone, tokenizer = load_backbone(config.backbone, targets=config.hypernetwork.targets)
     torch.manual_seed(config.seed)
@@ -76,26 +75,14 @@ def main() -> None:
     # Neighbours in length, as an evaluation puts them together; from the middle.
     first = (len(ranked) - args.contexts) // 2
     examples = [replace(example, turns=example.turns[: args.questions]) for example in ranked[first : first + args.contexts]]
-    limits = show_limits(backbone, args.contexts)
+    rates = show_limits(backbone, rows=(1, args.contexts, 256))
     runner = Runner(Shine("shine", speaker, hypernetwork), examples, config)
     together, alone = f"{args.contexts} at a time", "one by one"
     runs = {together: lambda: runner.run(args.contexts), alone: lambda: runner.run(1)}
     seconds = alternate(runs, rounds=args.rounds, device=backbone.device)
     show(runner, seconds, sizes={together: args.contexts, alone: 1})
-    print(f"The products of a decoding step alone would allow {limits:.1f} times as many questions a second.")
-
-
-def show_limits(backbone: Backbone, count: int) -> float:
-    """Print what the machine can do; how many times as many tokens a second ``count`` rows allow as one."""
-    device, dtype = backbone.device, backbone.dtype
-    print(f"{describe(device)}; copying {copy_bandwidth(device) / 1e9:.1f} GB/s")
-    rates = {}
-    for rows, kind in itertools.product((1, count, 256), (torch.bfloat16, torch.float32)):
-        rates[rows, kind] = gemm_rate(linear_shapes(backbone, rows=rows), dtype=kind, device=device)
-    for rows in (1, count, 256):
-        found = ", ".join(f"{rates[rows, kind] / 1e9:.1f} in {str(kind)[6:]}" for kind in (torch.bfloat16, torch.float32))
-        print(f"its linears on {rows:>3} tokens, GFLOP/s: {found}", flush=True)
-    return rates[count, dtype] / rates[1, dtype]
+    limit = rates[args.contexts, backbone.dtype] / rates[1, backbone.dtype]
+    print(f"The products of a decoding step alone would allow {limit:.1f} times as many questions a second.")
 
 
 def show(runner: Runner, seconds: dict[str, list[float]], *, sizes: dict[str, int]) -> None:

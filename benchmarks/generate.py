@@ -13,7 +13,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from machine import alternate, describe, ratio_with_spread
+from machine import alternate, peak_memory, ratio_with_spread, show_limits
 from subject import MODELS, Subject, load, tokens
 
 from shine.backbone import Backbone
@@ -32,9 +32,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     subject = load(args.model, device=args.device)
-    print(
-        f"{args.model} on {describe(subject.device)}: {args.batch} questions of {args.prompt} tokens, {args.new} new tokens each\n"
-    )
+    rates = show_limits(subject.backbone, rows=(1, args.batch))
+    print(f"\n{args.model}: {args.batch} questions of {args.prompt} tokens, {args.new} new tokens each")
     with torch.inference_mode():
         lora = subject.hypernetwork(subject.backbone, tokens(args.batch, args.context, subject.backbone), None)
     ways = answering(subject, lora, prompt=args.prompt, new=args.new)
@@ -42,6 +41,9 @@ def main() -> None:
     for name, times in seconds.items():
         ratio = ratio_with_spread(seconds["one by one"], times)
         print(f"{name:34} {median(times):8.3f} s  {args.batch / median(times):7.2f} answers/s  {ratio} times as fast as one by one")
+    limit = rates[args.batch, subject.backbone.dtype] / rates[1, subject.backbone.dtype]
+    print(f"The products of a decoding step alone would allow {limit:.1f} times as many answers a second side by side.")
+    print(f"peak, side by side: {peak_memory(ways['side by side'], subject.device) / 2**30:.2f} GiB")
 
 
 def answering(subject: Subject, lora: LoRA, *, prompt: int, new: int) -> dict[str, Callable[[], object]]:

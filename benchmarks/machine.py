@@ -4,10 +4,9 @@ A figure of ours means little by itself. Beside it stand what the machine can do
 `copy_bandwidth`), and what is compared is run in turns (`alternate`), so that a busy neighbour or a warm processor changes both
 alike; what is reported is the ratio of each round, with its spread (`ratio_with_spread`)::
 
-    from machine import alternate, describe, gemm_rate, copy_bandwidth, linear_shapes, ratio_with_spread
+    from machine import alternate, ratio_with_spread, show_limits
 
-    print(describe(device))
-    print(f"{gemm_rate(linear_shapes(backbone, rows=16), dtype=torch.bfloat16, device=device) / 1e9:.0f} GFLOP/s")
+    rates = show_limits(backbone, rows=(1, 16, 256))
     seconds = alternate({"ours": ours, "theirs": theirs}, rounds=7)
     print(f"{ratio_with_spread(seconds['theirs'], seconds['ours'])} times as fast")
 
@@ -180,17 +179,18 @@ def _best(run: Callable[[], object], device: torch.device | str, seconds: float)
     return min(times)
 
 
-def show_limits(backbone: Backbone, *, rows: Sequence[int]) -> None:
-    """Print what this machine can do at the shapes of a model."""
+def show_limits(backbone: Backbone, *, rows: Sequence[int]) -> dict[tuple[int, torch.dtype], float]:
+    """Print what this machine can do at the shapes of a model, and return its matrix rates by number of tokens and dtype."""
     device = backbone.device
-    print(f"{describe(device)}\ncopying: {copy_bandwidth(device) / 1e9:.1f} GB/s, read and written")
+    print(f"{describe(device)}; copying {copy_bandwidth(device) / 1e9:,.1f} GB/s, read and written")
+    rates = {}
     for count in rows:
         shapes = linear_shapes(backbone, rows=count)
-        rates = [gemm_rate(shapes, dtype=dtype, device=device) / 1e9 for dtype in (torch.bfloat16, torch.float32)]
-        print(
-            f"linears of the model on {count:>4} tokens: {rates[0]:>8,.1f} GFLOP/s bfloat16, {rates[1]:>8,.1f} GFLOP/s float32",
-            flush=True,
-        )
+        for dtype in (torch.bfloat16, torch.float32):
+            rates[count, dtype] = gemm_rate(shapes, dtype=dtype, device=device)
+        found = ", ".join(f"{rates[count, dtype] / 1e9:>8,.1f} {str(dtype)[6:]}" for dtype in (torch.bfloat16, torch.float32))
+        print(f"its linears on {count:>5,} tokens, GFLOP/s: {found}", flush=True)
+    return rates
 
 
 def main() -> None:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
-from machine import alternate, copy_bandwidth, describe, gemm_rate, linear_shapes, peak_memory, ratio_with_spread
+from machine import alternate, peak_memory, ratio_with_spread, show_limits
 from peft import LoraConfig, get_peft_model
 from recipe import recipe_step
 from subject import MODELS, Subject, examples, load
@@ -42,6 +42,8 @@ ROWS = {
     "mqa": ("real mqa lengths (RACE, SQuAD), padded to 1150/1150 by the recipe", (1150, 1150, 0)),
     "1qa": ("long contexts of 1qa, 2380/100", (2380, 100, 30)),
 }
+ROWS_OF_LIMIT = 1024
+"""Tokens at once at which the matrix rate is measured."""
 
 
 def main() -> None:
@@ -61,27 +63,20 @@ def main() -> None:
     subject = load(
         args.model, device=args.device, precise="recipe" not in args.without, activation_checkpointing=args.checkpointing
     )
-    print(f"{args.model} on {describe(subject.device)}", flush=True)
     if args.profile:
         for row in args.rows:
             show_profile(subject, lengths_of(row, args.batch))
         return
-    shapes = linear_shapes(subject.backbone, rows=1024)
-    rate = gemm_rate(shapes, dtype=torch.bfloat16, device=subject.device)
-    precise = gemm_rate(shapes, dtype=torch.float32, device=subject.device)
-    print(
-        f"matrix products of its linears: {rate / 1e9:,.0f} GFLOP/s bfloat16, {precise / 1e9:,.0f} float32; "
-        f"copying {copy_bandwidth(subject.device) / 1e9:,.0f} GB/s",
-        flush=True,
-    )
+    rates = show_limits(subject.backbone, rows=(ROWS_OF_LIMIT,))
     for row in args.rows:
-        measure(subject, row, batch=args.batch, rounds=args.rounds, rate=rate, precise_rate=precise, without=args.without)
+        measure(subject, row, batch=args.batch, rounds=args.rounds, rates=rates, without=args.without)
 
 
 def measure(
-    subject: Subject, row: str, *, batch: int, rounds: int, rate: float, precise_rate: float, without: Sequence[str]
+    subject: Subject, row: str, *, batch: int, rounds: int, rates: Mapping[tuple[int, torch.dtype], float], without: Sequence[str]
 ) -> None:
     """One row: seconds of each way in turns, and what they mean."""
+    rate, precise_rate = (rates[ROWS_OF_LIMIT, dtype] for dtype in (torch.bfloat16, torch.float32))
     title, (context, conversation, _) = ROWS[row]
     lengths = lengths_of(row, batch)
     samples = examples(lengths, vocabulary_size=subject.backbone.vocabulary_size)
