@@ -256,7 +256,7 @@ class ScoringConfig:
             ranks, resumed or not.
         history: what earlier turns of a conversation hold, the method's own answers or the gold ones.
         lengths: upper bounds, in tokens, of the length buckets; longer texts make one more bucket.
-        resume: go on with what an interrupted evaluation left in the output folder; false begins again.
+        resume: go on with what an interrupted evaluation left in the output folder; false sets it aside and begins again.
     """
 
     prompts: PromptConfig

@@ -25,7 +25,7 @@ from shine.evaluation import pretraining, qa
 from shine.evaluation.methods import Asked, Method
 from shine.evaluation.plots import smooth
 from shine.evaluation.results import PREDICTIONS_FILE, SUMMARY_FILE
-from shine.evaluation.run import CODE, evaluate, load_methods
+from shine.evaluation.run import evaluate, load_methods
 from shine.evaluation.scores import bucket, summarise_recall
 from shine.hypernetwork import Hypernetwork
 
@@ -319,47 +319,6 @@ def test_a_context_is_cut_between_characters(tiny_backbone_folder: str, tmp_path
     kept = list(qa.usable_examples([example], tiny_tokenizer(), context_length=6, questions=True, tally=tally))
     assert [found.context for found in kept] == ["🙂"]
     assert (tally.contexts_cut, tally.context_tokens_dropped) == (1, 6)
-
-
-def test_an_evaluation_goes_on_and_another_one_replaces_it(
-    tiny_backbone_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A part of a run, with a line that a kill cut short, is gone on with to the same bytes; another plan begins again."""
-    write_examples(tmp_path / "mine.jsonl")
-    config = evaluation_config(tiny_backbone_folder, tmp_path, methods=("only_question", "in_context"))
-    evaluate(config)
-    file = tmp_path / "out" / PREDICTIONS_FILE
-    whole = file.read_bytes()
-    lines = whole.splitlines(keepends=True)
-    file.unlink()
-    (tmp_path / "out" / "predictions.part-0000.jsonl").write_bytes(b"".join(lines[:4]))
-    (tmp_path / "out" / "predictions.part-0003.jsonl").write_bytes(b"".join(lines[4:8]) + lines[8][:20])
-    capsys.readouterr()
-    evaluate(config)
-    assert "goes on with" in capsys.readouterr().out
-    assert file.read_bytes() == whole
-    assert not list((tmp_path / "out").glob("predictions.part-*"))
-    evaluate(replace(config, max_new_tokens=3))
-    assert f"replaces the evaluation in {tmp_path / 'out'}" in capsys.readouterr().out
-    assert file.read_bytes() != whole
-
-
-def test_predictions_of_other_code_are_not_gone_on_with(
-    tiny_backbone_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is scored by one rule is not mixed with what was scored by another."""
-    assert {"metrics.py", "qa.py", "methods.py", "chat.py", "fine_tuning.py"} <= {file.name for file in CODE}
-    file = tmp_path / "metrics.py"
-    file.write_text("one rule")
-    monkeypatch.setattr("shine.evaluation.run.CODE", (file,))
-    write_examples(tmp_path / "mine.jsonl")
-    config = evaluation_config(tiny_backbone_folder, tmp_path, methods=("only_question",))
-    evaluate(config)
-    evaluate(config)
-    assert "goes on with 2 of 2 batches" in capsys.readouterr().out
-    file.write_text("another rule")
-    evaluate(config)
-    assert f"replaces the evaluation in {tmp_path / 'out'}" in capsys.readouterr().out
 
 
 def test_the_record_holds_what_was_scored(

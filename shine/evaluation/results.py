@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ class ResultFolder:
 
     Args:
         order: the predictions of all units as they stand in the end.
-        plan: what the predictions follow from; a folder with another plan is begun again.
+        plan: what the predictions follow from; what a folder with another plan holds is set aside, and it is begun again.
     """
 
     def __init__(self, folder: Path, units: Sequence[Unit], order: Sequence[Key], plan: Mapping[str, Any]) -> None:
@@ -85,7 +87,7 @@ class ResultFolder:
         found = {**self._rows(), **_by_key(_whole_lines(self.folder / PREDICTIONS_FILE))}
         note = ""
         if found and not (resume and self._same_plan()):
-            note, found = f"replaces the evaluation in {self.folder}", {}
+            note, found = f"begins again: the evaluation that was in {self.folder} is in {self._set_aside()}", {}
         done = {unit.number for unit in self.units if all(key in found for key in unit.predictions())}
         if done:
             note = f"goes on with {len(done)} of {len(self.units)} batches that are in {self.folder}"
@@ -145,6 +147,20 @@ class ResultFolder:
 
     def _same_plan(self) -> bool:
         return list(_whole_lines(self.folder / PLAN_FILE)) == [self.plan]
+
+    def _set_aside(self) -> Path:
+        """Move all that an evaluation and its judges wrote into a folder that says when, whole enough to be reported on."""
+        now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        names = chain([now], (f"{now}_{number}" for number in count(2)))
+        place = next(path for name in names if not (path := self.folder / "abandoned" / name).exists())
+        place.mkdir(parents=True)
+        judged = sorted(self.folder.glob("judge-*.json*"))
+        # Predictions last: while one is left here, a start after a kill sees that there is something to set aside.
+        files = [*judged, *(self.folder / name for name in (SUMMARY_FILE, TIMINGS_FILE, PLAN_FILE)), *self.parts()]
+        for file in (*files, self.folder / PREDICTIONS_FILE):
+            if file.exists():
+                file.rename(place / file.name)
+        return place
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:

@@ -43,8 +43,9 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 CODE = tuple(
     _PACKAGE / f"{name}.py"
     for name in (
-        *("backbone", "chat", "hypernetwork", "lora", "m2p", "metrics"),
-        *(f"evaluation/{part}" for part in ("fine_tuning", "methods", "pretraining", "qa")),
+        *("attention", "backbone", "chat", "hypernetwork", "lora", "m2p", "metrics", "prompt_cache", "zoo"),
+        *(f"data/{part}" for part in ("batching", "pieces", "samples")),
+        *(f"evaluation/{part}" for part in ("fine_tuning", "methods", "pretraining", "qa", "run")),
     )
 )
 """What predictions and their scores follow from beside the plan's values: a folder that other code has begun is begun again."""
@@ -186,6 +187,9 @@ def _plan(
             units += [Unit(len(units) + n, source, method.name, tuple(batch), task) for n, batch in enumerate(batches)]
             order += Unit(0, source, method.name, found.examples, task).predictions()
         digest.update(repr((source, found)).encode("utf-8", "surrogatepass"))
+    # All fine-tuned methods learn from the same.
+    lessons = [method.lessons for method in methods if isinstance(method, FineTuned)][:1]
+    digest.update(repr(lessons).encode("utf-8", "surrogatepass"))
     weights = hashlib.sha256()
     if config.checkpoint is not None and "shine" in config.methods:
         for name, tensor in sorted(read_weights(config.checkpoint).items()):
