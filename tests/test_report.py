@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics as exact
 from dataclasses import replace
@@ -241,6 +242,46 @@ def test_texts_given_back_have_their_table(results: dict[str, Path], tmp_path: P
         mine = [row for row in rows if (row["method"], row["task"]) == (method, named["task"])]
         assert named["exact prefix"].startswith(f"{100 * exact.mean(row['exact_prefix'] for row in mine):.1f} ±")
         assert named["texts"] == str(len(mine)) == "3"
+
+
+def test_texts_given_back_have_a_row_for_each_length(results: dict[str, Path], tmp_path: Path) -> None:
+    """Three texts, the longest cut to 40 tokens, in the buckets 10, 20 and 40: a row for each that holds one, as in the JSON."""
+    main(["report", str(results["texts"]), "--output", str(tmp_path / "report")])
+    head, *found = table((tmp_path / "report" / "report.md").read_text(), "Texts given back, by length")
+    rows = read_jsonl(results["texts"] / PREDICTIONS_FILE)
+    bounds = {row["id"]: next(bound for bound in (10, 20, 40) if row["context_tokens"] <= bound) for row in rows}
+    assert len(set(bounds.values())) == 3
+    titles = dict(zip(METHODS, ("SHINE", "In-Context", "Only Question"), strict=True))
+    expected = list(product(titles.values(), ("reconstruct", "complete"), sorted(set(bounds.values()))))
+    assert [(cells[2], cells[3], int(cells[4])) for cells in found] == expected
+    kept = json.loads((tmp_path / "report" / "report.json").read_text())["runs"]["texts"]["sources"]["mine"]["methods"]
+    for cells in found:
+        named = dict(zip(head, cells, strict=True))
+        method = next(name for name, title in titles.items() if title == named["method"])
+        task, bound = named["task"], int(named["tokens up to"])
+        mine = [row for row in rows if (row["method"], row["task"], bounds[row["id"]]) == (method, task, bound)]
+        losses = sum(row["loss"] * row["tokens"] for row in mine) / sum(row["tokens"] for row in mine)
+        assert named["perplexity [95 %]"].startswith(f"{math.exp(losses):.2f} [")
+        assert named["exact prefix"].startswith(f"{100 * exact.mean(row['exact_prefix'] for row in mine):.1f} ±")
+        assert named["texts"] == str(len(mine))
+        assert kept[method][task]["lengths"][str(bound)]["perplexity"] == pytest.approx(math.exp(losses))
+
+
+def test_answers_have_a_column_for_each_turn_and_length(results: dict[str, Path], tmp_path: Path) -> None:
+    """Of conversations both, of single questions no turns; a set whose questions are all of one group has no table."""
+    main(["report", str(results["first"]), str(results["talks"]), "--output", str(tmp_path / "report")])
+    page = (tmp_path / "report" / "report.md").read_text()
+    head, *found = table(page, "F1 by turn")
+    assert head[3:] == ["1", "2", "3"]
+    assert {cells[0] for cells in found} == {"talks"}
+    rows = read_jsonl(results["talks"] / PREDICTIONS_FILE)
+    for cells, method in zip(found, METHODS, strict=True):
+        for turn, cell in enumerate(cells[3:]):
+            mine = [row["f1"] for row in rows if (row["method"], row["turn"]) == (method, turn)]
+            assert cell.startswith(f"{100 * exact.mean(mine):.1f} ±")
+    head, *found = table(page, "F1 by length of the context, tokens up to")
+    assert head[3:] == ["10", "20", "40"]
+    assert [cells[0] for cells in found] == ["first"] * 3 + ["talks"] * 3
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,7 @@ def draw_runs(runs: Sequence[Run], output: Path) -> list[tuple[str, Path]]:
         ("by_length", "F1 by length of the context", "lengths", "tokens of the context, up to"),
         ("by_turn", "F1 by turn", "turns", "turn of the conversation"),
     ):
-        chosen = answering if key == "lengths" else [run for run in answering if run.summary["stage"] == "mqa"]
-        if panels := _panels(chosen, key):
+        if panels := grouped_by(key, answering):
             pictures.append((title, _draw_grouped(panels, key, label, output / f"{name}.png")))
     if timed := [(run, source) for run in answering for source in run.summary["sources"]]:
         pictures.append(("Time against quality", _draw_time(timed, output / "time_quality.png")))
@@ -102,9 +101,10 @@ def draw_runs(runs: Sequence[Run], output: Path) -> list[tuple[str, Path]]:
     return pictures
 
 
-def _panels(runs: Sequence[Run], key: str) -> list[tuple[Run, str]]:
-    """Those with more than one group to draw a line through."""
-    places = [(run, source) for run in runs for source in run.summary["sources"]]
+def grouped_by(key: str, runs: Sequence[Run]) -> list[tuple[Run, str]]:
+    """Runs and sources whose answers lie in more than one group of ``lengths`` or, where they are conversations, ``turns``."""
+    chosen = runs if key == "lengths" else [run for run in runs if run.summary["stage"] == "mqa"]
+    places = [(run, source) for run in chosen for source in run.summary["sources"]]
     return [
         (run, source) for run, source in places if any(len(m[key]) > 1 for m in run.summary["sources"][source]["methods"].values())
     ]

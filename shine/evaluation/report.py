@@ -166,10 +166,14 @@ def _page(
         ]
         yield "questions about a context from which on its adapter takes less time than the context in the prompt."
         yield from _learned(answering)
+        for title, key in (("F1 by length of the context, tokens up to", "lengths"), ("F1 by turn", "turns")):
+            if rows := list(_grouped_table(answering, key)):
+                yield from ["", f"## {title}", "", *rows]
         yield from ["", "## Differences between methods, F1", "", *_difference_table(answering)]
         yield from _judge_tables(answering)
     if recalling:
         yield from ["", "## Texts given back", "", *_recall_table(recalling)]
+        yield from ["", "## Texts given back, by length", "", *_recall_table(recalling, by_length=True)]
         yield from ["", "## Differences between methods, texts given back", "", *_recall_difference_table(recalling)]
     if compared:
         yield from ["", "## Differences between runs", "", *_comparison_table(compared)]
@@ -213,6 +217,20 @@ def _score_table(runs: Sequence[Run]) -> Iterator[str]:
                 pays = found["break_even_questions"].get(method, "")
                 cells += [f"{size / 1000:,.0f}" if size else "", "never" if pays is None else str(pays)]
                 yield _line([run.name, source, title_of(method), *cells])
+
+
+def _grouped_table(runs: Sequence[Run], key: str) -> Iterator[str]:
+    """F1 of each method, a column for each length or turn; nothing where all questions are of one."""
+    panels = plots.grouped_by(key, runs)
+    found = [(run, source, name, m) for run, source in panels for name, m in run.summary["sources"][source]["methods"].items()]
+    groups = sorted({int(group) for *_, scores in found for group in scores[key]})
+    if not groups:
+        return
+    yield from _head(["run", "set", "method", *map(str, groups)], left=3)
+    for run, source, method, scores in found:
+        there = (scores[key].get(str(group)) for group in groups)
+        cells = (f"{g['f1']:.1f} ±{(g['f1_interval'][1] - g['f1_interval'][0]) / 2:.1f}" if g else "" for g in there)
+        yield _line([run.name, source, title_of(method), *cells])
 
 
 def _learned(runs: Sequence[Run]) -> Iterator[str]:
@@ -274,17 +292,21 @@ def _judge_tables(runs: Sequence[Run]) -> Iterator[str]:
                 yield _line([run.name, judge["judge"], judge["prompt_sha256"][:8], source, titles, *cells])
 
 
-def _recall_table(runs: Sequence[Run]) -> Iterator[str]:
-    yield from _head(["run", "set", "method", "task", "perplexity [95 %]", "p10–p90", "exact prefix", "EM", "F1", "texts"], left=4)
+def _recall_table(runs: Sequence[Run], *, by_length: bool = False) -> Iterator[str]:
+    """A row for each method and task, or for each of their length buckets."""
+    lengths = ["tokens up to"] if by_length else []
+    names = ["perplexity [95 %]", "p10–p90", "exact prefix", "EM", "F1", "texts"]
+    yield from _head(["run", "set", "method", "task", *lengths, *names], left=4)
     for run in runs:
         for source, found in run.summary["sources"].items():
-            for method, tasks in found["methods"].items():
-                for task in TASKS:
-                    scores = tasks[task]
-                    mean = Estimate(scores["perplexity"], *scores["intervals"]["perplexity"])
-                    spread = f"{scores['perplexity_p10']:.2f}–{scores['perplexity_p90']:.2f}"
-                    cells = [f"{mean:.2f}", spread, *(with_interval(scores, name) for name in ("exact_prefix", "em", "f1"))]
-                    yield _line([run.name, source, title_of(method), task, *cells, f"{scores['texts']:,}"])
+            for method, task in product(found["methods"], TASKS):
+                scores = found["methods"][method][task]
+                for bound, part in scores["lengths"].items() if by_length else [("", scores)]:
+                    mean = Estimate(part["perplexity"], *part["intervals"]["perplexity"])
+                    spread = f"{part['perplexity_p10']:.2f}–{part['perplexity_p90']:.2f}"
+                    cells = [f"{mean:.2f}", spread, *(with_interval(part, name) for name in ("exact_prefix", "em", "f1"))]
+                    place = [bound] if by_length else []
+                    yield _line([run.name, source, title_of(method), task, *place, *cells, f"{part['texts']:,}"])
 
 
 def _comparison_table(compared: Sequence[Mapping[str, Any]]) -> Iterator[str]:
