@@ -38,7 +38,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _trust(args: argparse.Namespace) -> None:
-    from shine.evaluation.side_by_side import report_trust
+    from shine.evaluation.trust_report import report_trust
 
     sources = {"squad": args.squad, "jsonl": args.file}
     page = report_trust(

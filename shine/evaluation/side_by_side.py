@@ -1,10 +1,9 @@
-"""A checkpoint at hand: three methods on it, asked about any contexts, and the trust report."""
+"""SHINE, In-Context and Only Question side by side on one loaded model, asked about any contexts."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,8 @@ from shine.config import PromptConfig, SourceConfig
 from shine.data.batching import chunks
 from shine.data.examples import Example
 from shine.data.sources import read_source
-from shine.data.tally import Tally
-from shine.data.worlds import World
-from shine.evaluation import qa, trust
 from shine.evaluation.methods import Asked, InContext, Method, Shine, Speaker
 from shine.evaluation.tables import TITLES
-from shine.evaluation.trust_page import write_page
 from shine.model import Shine as Model
 
 
@@ -116,50 +111,3 @@ def converse_file(checkpoint: str, file: str, *, backbone: str | None, max_new_t
         output_folder(output.parent).mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         output.write_text(rows_as_markdown(rows) if output.suffix == ".md" else lines, encoding="utf-8")
-
-
-def report_trust(
-    checkpoint: str,
-    output: Path,
-    *,
-    backbone: str | None,
-    contexts: int,
-    sources: Mapping[str, str],
-    knowledge: Path | None,
-    worlds: bool,
-    max_new_tokens: int,
-    seed: int,
-) -> Path:
-    """Examine a checkpoint on invented worlds and on sources (kind to path), write the page and return it.
-
-    Raises:
-        ValueError: nothing to examine it on, too few contexts, or no such checkpoint.
-    """
-    folder = output_folder(output)
-    if contexts < 2 or not (worlds or sources):
-        raise ValueError("contexts must be at least 2, and there must be worlds or a source: how adapters differ is asked of pairs")
-    facts = () if knowledge is None else trust.read_knowledge(knowledge)
-    model = Model.from_pretrained(checkpoint, backbone=backbone)
-    sets = [trust.world_set(list(World(seed=seed).examples(contexts)), seed=seed)] if worlds else []
-    for kind, path in sources.items():
-        source = SourceConfig(kind=kind, path=path, split="validation" if kind == "squad" else "train")
-        length = model.context_length
-        tally = Tally()
-        usable = qa.usable_examples(read_source(source), model.tokenizer, context_length=length, questions=True, tally=tally)
-        found = [example for _, example in zip(range(contexts), usable, strict=False)]
-        print(f"{path}: {tally}", flush=True)
-        if sum(len(example.turns) for example in found) < trust.TURNS + 6 or len(found) < 2:
-            raise ValueError(
-                f"{path}: {len(found)} contexts hold too few questions for a conversation of {trust.TURNS} turns: "
-                "give more, or look at more contexts with --contexts"
-            )
-        sets.append(trust.passage_set(found, name="SQuAD" if kind == "squad" else Path(path).name))
-    methods = three_methods(model)
-    assert isinstance(methods[0], Shine)
-    asker = trust.Asker.of(methods[0].speaker, methods[0], max_new_tokens=max_new_tokens)
-    found_all = []
-    for questions in sets:
-        print(f"{questions.name}: {len(questions.examples)} contexts", flush=True)
-        found_all.append(trust.examine(asker, replace(questions, knowledge=facts), seed=seed))
-    about = f"Hypernetwork `{checkpoint}`, backbone `{model.config.path}`; answers of at most {max_new_tokens} tokens, seed {seed}."
-    return write_page(folder, found_all, about=about)
