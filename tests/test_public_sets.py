@@ -74,6 +74,47 @@ def test_2wiki_is_read_in_each_of_its_layouts(tmp_path: Path, layout: str) -> No
     assert read("2wiki", path) == [HOTPOT_EXAMPLE]
 
 
+def wiki_files(folder: Path, **changes: Any) -> tuple[Path, Path]:
+    """``dev.json`` and ``id_aliases.json`` as the authors lay them out: a list of rows, and an object a line."""
+    row = {"_id": "w1", "type": "compositional", "question": "Where is Abro from?", "context": [["Abro", ["Abro is Arlish."]]]}
+    row |= {"answer": "Arlow", "answer_id": "Q1", "supporting_facts": [["Abro", 0]], "evidences": [], "entity_ids": "Q5_Q6"}
+    file = folder / "dev.json"
+    file.write_text(json.dumps([{name: value for name, value in {**row, **changes}.items() if value != "left out"}]))
+    names = [
+        {"Q_id": "Q1", "aliases": ["Arlow Town", "Arlow", "阿罗"], "demonyms": ["Arlish", ""]},
+        {"Q_id": "Q2", "aliases": ["Borin"], "demonyms": []},
+    ]
+    return file, json_lines(folder / "id_aliases.json", names)
+
+
+@pytest.mark.parametrize(
+    ("answer_id", "golds"),
+    [("Q1", ("Arlow", "Arlow Town", "阿罗", "Arlish")), ("Q3", ("Arlow",)), (None, ("Arlow",))],
+    ids=["known", "not in the file", "a comparison, without one"],
+)
+def test_2wiki_counts_other_names_of_the_answer_where_it_is_given_them(
+    answer_id: str | None, golds: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The answer first, then its aliases and demonyms, each once."""
+    file, aliases = wiki_files(tmp_path, answer_id=answer_id)
+    (example,) = read("2wiki", file, options={"aliases": str(aliases)})
+    assert example.turns == (Turn("Where is Abro from?", golds, "compositional"),)
+    (plain,) = read("2wiki", file)
+    assert plain.turns[0].answers == ("Arlow",)
+
+
+def test_aliases_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    file, aliases = wiki_files(tmp_path, answer_id="left out")
+    with pytest.raises(ValueError, match=r'item 1: "answer_id" is missing, .* or set options.aliases=null'):
+        read("2wiki", file, options={"aliases": str(aliases)})
+    with pytest.raises(ValueError, match=r"options.aliases=.*none.json: no such file; name the authors' id_aliases.json"):
+        read("2wiki", file, options={"aliases": str(tmp_path / "none.json")})
+    file, aliases = wiki_files(tmp_path)
+    aliases.write_text('{"Q_id": "Q1", "aliases": ["Arlow"], "demonyms": []}\n{"Q_id": "Q2", "aliases": [2], "demonyms": []}\n')
+    with pytest.raises(ValueError, match=r"id_aliases.json:2: aliases and demonyms must be lists of texts; mend the file"):
+        read("2wiki", file, options={"aliases": str(aliases)})
+
+
 def musique_row(**changes: Any) -> dict[str, Any]:
     paragraphs = [
         {"idx": 0, "title": "Elba", "paragraph_text": "Elba is a boat.", "is_supporting": True},

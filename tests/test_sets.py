@@ -12,10 +12,11 @@ import yaml
 from conftest import tiny_tokenizer
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_public_sets import COLLECTION, HOTPOT, MARCO, WIKITEXT, json_lines, musique_row
+from test_public_sets import COLLECTION, HOTPOT, MARCO, WIKITEXT, json_lines, musique_row, wiki_files
 from test_sources import parquet, shared, squad_folder
 
 from shine.chat import token_ids
+from shine.cli.main import main
 from shine.config import EvaluationConfig, parse
 from shine.evaluation.results import PREDICTIONS_FILE
 from shine.evaluation.run import evaluate
@@ -79,10 +80,11 @@ def lay_out(data: Path) -> None:
 def test_single_questions_by_one_word(name: str, questions: int, answers: list[str], data: Path, score: Score) -> None:
     lay_out(data)
     summary, rows = score("test", f"sets={name}")
-    assert list(summary["sources"]) == [name]
+    source = "wikimultihop" if name == "2wiki" else name
+    assert list(summary["sources"]) == [source]
     assert len(rows) == 2 * questions
     assert rows[0]["answers"] == answers
-    assert summary["sources"][name]["methods"]["in_context"]["questions"] == questions
+    assert summary["sources"][source]["methods"]["in_context"]["questions"] == questions
 
 
 @pytest.mark.parametrize(("name", "target"), [("squad", None), ("squad_512", 512), ("squad_1k", 1024), ("squad_2k", 2048)])
@@ -93,7 +95,7 @@ def test_squad_is_padded_to_what_its_name_says(name: str, target: int | None) ->
 def test_the_published_table_is_one_word_and_sets_can_be_listed(data: Path, score: Score) -> None:
     lay_out(data)
     summary, _ = score("test", "sets=published")
-    assert list(summary["sources"]) == ["squad", "hotpotqa", "musique", "2wiki", "msmarco_v1", "msmarco_v2"]
+    assert list(summary["sources"]) == ["squad", "hotpotqa", "musique", "wikimultihop", "msmarco_v1", "msmarco_v2"]
     assert list(configured("test", "sets=[msmarco_v2,squad_1k]").data.test) == ["msmarco_v2", "squad_1k"]
     assert list(configured("test", "sets=squad_lengths").data.test) == ["squad", "squad_512", "squad_1k", "squad_2k"]
 
@@ -107,7 +109,28 @@ def test_yes_and_no_are_scored_by_hotpotqas_rule_where_it_is_hotpotqa_or_2wiki(
     monkeypatch.setattr("shine.evaluation.methods.clean_answer", lambda text: "no, never")
     parquet(data / "2WikiMultihopQA", "validation", **{**HOTPOT, "answer": ["no"]})
     _, rows = score("test", "sets=[squad,hotpotqa,2wiki]")
-    assert {row["source"]: row["f1"] for row in rows} == {"squad": pytest.approx(2 / 3), "hotpotqa": 0.0, "2wiki": 0.0}
+    assert {row["source"]: row["f1"] for row in rows} == {"squad": pytest.approx(2 / 3), "hotpotqa": 0.0, "wikimultihop": 0.0}
+
+
+def test_2wiki_is_scored_with_the_aliases_that_its_official_script_counts(
+    tmp_path: Path, data: Path, score: Score, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The demonym is right where the file of aliases is given; where it is not, the reader is told that golds are without them."""
+    file, aliases = wiki_files(tmp_path)
+    monkeypatch.setattr("shine.evaluation.methods.clean_answer", lambda text: "The Arlish.")
+    summary, rows = score("test", "sets=2wiki", f"data.test.wikimultihop.path={file}")
+    plain, said = summary["sources"]["wikimultihop"], capsys.readouterr().out
+    assert {(row["em"], row["f1"]) for row in rows} == {(0.0, 0.0)}
+    assert main(["report", str(tmp_path / "out"), "--output", str(tmp_path / "report")]) == 0
+    for told in (said, plain["tally"], (tmp_path / "report" / "report.md").read_text()):
+        assert "1 samples: 0 contexts cut" in told
+        assert "golds without aliases" in told
+    given = f"data.test.wikimultihop.options.aliases={aliases}"
+    summary, rows = score("test", "sets=2wiki", f"data.test.wikimultihop.path={file}", given)
+    named = summary["sources"]["wikimultihop"]
+    assert {(row["em"], row["f1"]) for row in rows} == {(1.0, 1.0)}
+    assert "golds without aliases" not in named["tally"] + capsys.readouterr().out
+    assert named["examples"] != plain["examples"], "the two are not compared as if they were asked the same"
 
 
 @pytest.mark.parametrize("name", ["msmarco_mqa", "mqa_collection"])
@@ -190,6 +213,13 @@ def test_a_stage_is_scored_on_its_own_set_also_after_training(stage: str) -> Non
 def test_every_set_is_named_by_the_documentation() -> None:
     page = (CONFIGS.parent / "docs" / "evaluation.md").read_text()
     assert [name for name in SETS if name not in STAGES and f"`{name}`" not in page] == []
+
+
+def test_the_keys_of_every_set_can_be_set_on_a_command_line() -> None:
+    for name in SETS:
+        sources = configured("test", f"sets={name}").data.test
+        changed = configured("test", f"sets={name}", *(f"data.test.{source}.limit=7" for source in sources)).data.test
+        assert {source: found.limit for source, found in changed.items()} == dict.fromkeys(sources, 7)
 
 
 def test_a_set_is_scored_on_what_is_kept_for_scoring() -> None:

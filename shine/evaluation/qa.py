@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from shine.chat import token_ids, token_starts
-from shine.config import ScoringConfig
+from shine.config import ScoringConfig, SourceConfig
 from shine.data.examples import Example
 from shine.data.tally import Tally, answerable
 from shine.evaluation.methods import Answer, Asked, Method
@@ -20,6 +20,16 @@ from shine.metrics import exact_match, f1, hotpot_f1, rouge
 
 F1_RULES = {"hotpotqa": hotpot_f1, "2wiki": hotpot_f1}
 """Kinds of source whose official script scores F1 otherwise than SQuAD's."""
+
+
+def golds_left_out(source: SourceConfig) -> str:
+    """What the official script of a source also counts as right and these golds do not hold, for the reader of a score."""
+    if source.kind == "2wiki" and source.options.get("aliases") is None:
+        return (
+            "golds without aliases, which the official script counts too, so scores may be lower than official ones "
+            "(set options.aliases to its id_aliases.json)"
+        )
+    return ""
 
 
 @dataclass(frozen=True)

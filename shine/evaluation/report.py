@@ -154,6 +154,7 @@ def _page(
         of = f", hypernetwork `{config['checkpoint']}`" if config["checkpoint"] else ""
         asked = {"pretrain": "texts given back", "mqa": "conversations", "1qa": "single questions"}[run.summary["stage"]]
         yield f"- **{run.name}**: {asked}, backbone `{config['backbone']['path']}`{of}, code {made['revision'] or made['shine']}"
+        yield from (f"  - {source}: {found['tally']}" for source, found in run.summary["sources"].items())
     yield ""
     yield "± is half the width of the 95 % interval: percentile bootstrap over contexts, 4,000 resamples."
     answering, recalling = [run for run in runs if not run.recalls], [run for run in runs if run.recalls]

@@ -150,8 +150,9 @@ def read_sets(config: EvaluationConfig, speaker: Speaker, *, say: Callable[[str]
         if not examples:
             wanted = "questions" if asks else "texts"
             raise ValueError(f"data.test.{name}: nothing to ask ({tally}); give a source that holds {wanted}")
-        say(f"{name}: {tally}")
-        sets[name] = TestSet(source.kind, examples, str(tally))
+        told = "; ".join(filter(None, (str(tally), qa.golds_left_out(source) if asks else "")))
+        say(f"{name}: {told}")
+        sets[name] = TestSet(source.kind, examples, told)
     return sets
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from shine.data.examples import Example, Turn
@@ -90,14 +93,21 @@ def _hotpotqa_row(row: Row, place: str) -> Example:
     return _one_question(row, row["id"], _paragraphs(row["context"], place), [row["answer"]], place)
 
 
-def read_2wiki(source: Source) -> Iterator[Example]:
+def read_2wiki(source: Source, *, aliases: str | None = None) -> Iterator[Example]:
     """2WikiMultihopQA: ``framolfese/2WikiMultihopQA`` (laid out as HotpotQA is), or ``xanhho/2WikiMultihopQA`` and the authors' own
-    files (``_id``, and the context a list of titles with sentences, perhaps as JSON text)."""
+    files (``_id``, and the context a list of titles with sentences, perhaps as JSON text).
+
+    Args:
+        aliases: the authors' ``id_aliases.json``. As in their script (``2wikimultihop_evaluate_v1.1.py``), the aliases and demonyms
+            of the entity that is the answer count as golds too; rows name it in ``answer_id``, empty where the answer is none.
+    """
     columns = {"question": str, "answer": str, "context": Mapping | Sequence | str}
-    return parsed(source, columns, _2wiki_row, more=["id", "_id", "type"])
+    others = None if aliases is None else _other_names(source, aliases)
+    parse = functools.partial(_2wiki_row, others=others)
+    return parsed(source, columns, parse, more=["id", "_id", "type", "answer_id"])
 
 
-def _2wiki_row(row: Row, place: str) -> Example:
+def _2wiki_row(row: Row, place: str, *, others: Mapping[str, Sequence[str]] | None) -> Example:
     context = row["context"]
     if isinstance(context, str):
         try:
@@ -105,7 +115,30 @@ def _2wiki_row(row: Row, place: str) -> Example:
         except ValueError as error:
             raise ValueError(f"{place}: context is {error}; mend the file") from None
     name = label(row, "id", place) or label(row, "_id", place) or place
-    return _one_question(row, name, _paragraphs(context, place), [row["answer"]], place)
+    if others is not None and "answer_id" not in row:
+        raise ValueError(
+            f'{place}: "answer_id" is missing, by which options.aliases knows the answer; read dev.json of '
+            "the authors' data_ids_april7.zip, which has it, or set options.aliases=null"
+        )
+    more = [] if others is None else others.get(label(row, "answer_id", place), [])
+    return _one_question(row, name, _paragraphs(context, place), [row["answer"], *more], place)
+
+
+def _other_names(source: Source, path: str) -> dict[str, list[str]]:
+    """Wikidata id of an entity -> how else it is called: a line of ``id_aliases.json`` has ``Q_id``, ``aliases``, ``demonyms``."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"options.aliases={path}: no such file; name the authors' id_aliases.json, or set it to null")
+    config = replace(source.config, path=str(file), malformed="refuse")
+    columns = {"Q_id": str, "aliases": Sequence, "demonyms": Sequence}
+    return dict(parsed(replace(source, config=config), columns, _names_row))
+
+
+def _names_row(row: Row, place: str) -> tuple[str, list[str]]:
+    names = [*row["aliases"], *row["demonyms"]]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{place}: aliases and demonyms must be lists of texts; mend the file")
+    return row["Q_id"], [name for name in names if name.strip()]
 
 
 def read_musique(source: Source) -> Iterator[Example]:
