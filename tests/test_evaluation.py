@@ -175,6 +175,17 @@ def test_a_conversation_feeds_earlier_answers_back(
     assert [asked.history for asked in seen] == [(), (("Who?", said[0]),), (("Who?", said[0]), ("What color?", said[1]))]
 
 
+def test_the_bytes_of_an_adapter_are_those_of_its_factors(methods: dict[str, Method]) -> None:
+    """Four for each value of float32: rank 2 times what goes in and comes out of each linear that it is for."""
+    for method in methods.values():
+        method.prepare(EXAMPLES)
+    model, lora = methods["shine"].speaker.backbone.model, methods["shine"].lora
+    assert lora is not None
+    linears: list[Any] = [model.get_submodule(path) for path in lora]
+    assert methods["shine"].adapter_bytes == sum(4 * 2 * (linear.in_features + linear.out_features) for linear in linears)
+    assert methods["in_context"].adapter_bytes == methods["only_question"].adapter_bytes == 0
+
+
 def test_recall_loss_is_that_of_the_text_and_its_end(methods: dict[str, Method], tiny_backbone_folder: str, tmp_path: Path) -> None:
     """Against a forward pass written out by hand, for SHINE and both tasks."""
     method = methods["shine"]
