@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,24 @@ def test_a_long_conversation_has_fifteen_turns_and_scores_its_own_questions() ->
     assert sum(place["questions"] for place in found["on"]["turns"].values()) == 4
 
 
+@pytest.mark.parametrize("counts", [(15, 9), (15, 8), (6, 9), (5, 9), (1, 7, 7), (1, 6, 7)])
+def test_conversations_are_held_where_there_are_questions_enough(counts: tuple[int, ...]) -> None:
+    """Said beforehand: where it is not, drawing the other questions fails."""
+    sets = [Example(str(n), "x", tuple(Turn(f"{n} {k}?", ("a",)) for k in range(size))) for n, size in enumerate(counts)]
+    drawn = 0
+    for example in sets:
+        with suppress(ValueError):
+            drawn += len(trust._long_conversation(example, sets, random.Random(3))) == trust.TURNS
+    assert trust.fills_conversations(sets) == (drawn == len(sets))
+
+
+def test_a_question_that_is_asked_twice_has_an_answer_each_time() -> None:
+    """The same words twice about one context, each time with a right answer of its own."""
+    twice = Example("x", "Ada is red, then blue.", (Turn("Color?", ("red",)), Turn("Color?", ("blue",))))
+    found = trust.belief(asker({"Color?": "blue"}, {"Color?": "green"}), [twice])
+    assert [(row["told"], row["told_on"]) for row in found] == [("red", False), ("blue", True)]
+
+
 def test_geometry_is_that_of_matrices_made_by_hand() -> None:
     """Two adapters of orthogonal updates, and one opposite to the first; each of one direction out of two."""
 
@@ -258,7 +277,8 @@ def test_the_shipped_adapters_are_believed_differ_and_last(tmp_path: Path) -> No
         (["--contexts", "1"], "contexts must be at least 2"),
         (["--no-worlds"], "there must be worlds or a source"),
         (["--no-worlds", "--file", "none.jsonl"], "none.jsonl: no such file or folder"),
-        (["--no-worlds", "--file", "small.jsonl"], "small.jsonl: 1 contexts hold too few questions for a conversation of 15 turns"),
+        (["--no-worlds", "--file", "small.jsonl"], "small.jsonl: 1 contexts hold too few questions for conversations of 15 turns"),
+        (["--contexts", "2"], "invented worlds: 2 contexts hold too few questions for conversations of 15 turns"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -23,7 +23,7 @@ from shine.evaluation.statistics import interval
 from shine.lora import LoRA
 from shine.metrics import exact_match, f1, normalise
 
-TURNS, FACTS = 15, 4
+TURNS, OWN, FACTS = 15, 6, 4
 UNKNOWN = (
     *("not know", "t know", "unknown", "not sure", "unclear", "not mention", "not say", "not state", "not specif", "not given"),
     *("not provid", "no information", "cannot", "can not", "can t", "unable", "no answer", "unanswerable", "not answer"),
@@ -148,16 +148,15 @@ def belief(asker: Asker, group: Sequence[Example]) -> list[dict[str, Any]]:
 
     ``told``: the context's answer. ``believed``: the one it gave without. ``other``: neither.
     """
-    asked = [Asked(n, turn.question) for n, example in enumerate(group) for turn in example.turns]
+    turns = [(n, turn) for n, example in enumerate(group) for turn in example.turns]
+    asked = [Asked(n, turn.question) for n, turn in turns]
     said = {name: asker.ask(method, asked) for name, method in asker.methods().items()}
     rows = []
-    for index, question in enumerate(asked):
-        example = group[question.context]
-        turn = next(turn for turn in example.turns if turn.question == question.question)
+    for index, (n, turn) in enumerate(turns):
         before = said["off"][index]
         if f1(before, turn.answers) > 0:
             continue
-        row: dict[str, Any] = {"id": example.id, "question": turn.question, "told": turn.answers[0], "answer_off": before}
+        row: dict[str, Any] = {"id": group[n].id, "question": turn.question, "told": turn.answers[0], "answer_off": before}
         for name in ("on", "in_context"):
             answer = said[name][index]
             told, believed = exact_match(answer, turn.answers) == 1.0, normalise(answer) == normalise(before)
@@ -205,8 +204,14 @@ def decay(asker: Asker, group: Sequence[Example], pool: Sequence[Example], *, rn
     return rows
 
 
+def fills_conversations(examples: Sequence[Example]) -> bool:
+    """Whether there are questions enough about the other contexts for the `TURNS` turns of each one's conversation."""
+    count = sum(len(example.turns) for example in examples)
+    return all(count - len(example.turns) + min(len(example.turns), OWN) >= TURNS for example in examples)
+
+
 def _long_conversation(example: Example, pool: Sequence[Example], rng: random.Random) -> list[tuple[Turn, bool]]:
-    own = [(turn, True) for turn in rng.sample(example.turns, min(len(example.turns), 6))]
+    own = [(turn, True) for turn in rng.sample(example.turns, min(len(example.turns), OWN))]
     others = [turn for other in pool if other.id != example.id for turn in other.turns]
     fillers = [(turn, False) for turn in rng.sample(others, TURNS - len(own))]
     return rng.sample(own + fillers, TURNS)

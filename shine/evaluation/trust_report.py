@@ -42,6 +42,13 @@ def report_trust(
     model = Model.from_pretrained(checkpoint, backbone=backbone)
     sets = [trust.world_set(list(World(seed=seed).examples(contexts)), seed=seed)] if worlds else []
     sets += [_passages(model, kind, path, contexts=contexts) for kind, path in sources.items()]
+    # Before any of them is examined, which takes long.
+    for questions in sets:
+        if len(questions.examples) < 2 or not trust.fills_conversations(questions.examples):
+            raise ValueError(
+                f"{questions.name}: {len(questions.examples)} contexts hold too few questions for conversations of {trust.TURNS} "
+                "turns: give more, or look at more contexts with --contexts"
+            )
     methods = three_methods(model)
     assert isinstance(methods[0], Shine)
     asker = trust.Asker.of(methods[0].speaker, methods[0], max_new_tokens=max_new_tokens)
@@ -62,9 +69,4 @@ def _passages(model: Model, kind: str, path: str, *, contexts: int) -> trust.Tru
     )
     found = [example for _, example in zip(range(contexts), usable, strict=False)]
     print(f"{path}: {tally}", flush=True)
-    if sum(len(example.turns) for example in found) < trust.TURNS + 6 or len(found) < 2:
-        raise ValueError(
-            f"{path}: {len(found)} contexts hold too few questions for a conversation of {trust.TURNS} turns: "
-            "give more, or look at more contexts with --contexts"
-        )
     return trust.passage_set(found, name="SQuAD" if kind == "squad" else Path(path).name)
