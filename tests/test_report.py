@@ -274,6 +274,7 @@ def test_answers_have_a_column_for_each_turn_and_length(results: dict[str, Path]
     head, *found = table(page, "F1 by turn")
     assert head[3:] == ["1", "2", "3"]
     assert {cells[0] for cells in found} == {"talks"}
+    assert found.pop()[2:] == ["*questions*", "3", "2", "1"]
     rows = read_jsonl(results["talks"] / PREDICTIONS_FILE)
     for cells, method in zip(found, METHODS, strict=True):
         for turn, cell in enumerate(cells[3:]):
@@ -281,7 +282,7 @@ def test_answers_have_a_column_for_each_turn_and_length(results: dict[str, Path]
             assert cell.startswith(f"{100 * exact.mean(mine):.1f} ±")
     head, *found = table(page, "F1 by length of the context, tokens up to")
     assert head[3:] == ["10", "20", "40"]
-    assert [cells[0] for cells in found] == ["first"] * 3 + ["talks"] * 3
+    assert [cells[0] for cells in found] == ["first"] * 4 + ["talks"] * 4
 
 
 @pytest.mark.parametrize(

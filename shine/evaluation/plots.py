@@ -26,6 +26,12 @@ COLORS = {"shine": "#d1495b", "in_context": "#30638e", "only_question": "#9aa5b1
 TUNED = "#edae49"
 DASHES, MARKS = ("-", "--", ":", "-."), ("o", "s", "^")
 STAGE_COLORS = ("#30638e", "#edae49", "#d1495b")
+GROUPINGS = (
+    ("F1 by length of the context, tokens up to", "lengths", "by_length.png"),
+    ("F1 by turn", "turns", "by_turn.png"),
+)
+"""How answers are grouped: a title, the key of a summary, and the file of the picture."""
+TIME, RECALL = "Time against quality", "Texts given back, by length"
 
 
 def read_metrics(run: Path, name: str) -> tuple[list[int], list[float]]:
@@ -83,21 +89,18 @@ def draw_report(path: Path, *, runs: Mapping[str, Path], scores: Sequence[tuple[
     _save(figure, path)
 
 
-def draw_runs(runs: Sequence[Run], output: Path) -> list[tuple[str, Path]]:
+def draw_runs(runs: Sequence[Run], output: Path) -> dict[str, Path]:
     """Every picture that the results of some runs have something for: title and file."""
     answering = [run for run in runs if not run.recalls]
-    pictures = []
-    for name, title, key, label in (
-        ("by_length", "F1 by length of the context", "lengths", "tokens of the context, up to"),
-        ("by_turn", "F1 by turn", "turns", "turn of the conversation"),
-    ):
+    pictures = {}
+    for title, key, name in GROUPINGS:
         if panels := grouped_by(key, answering):
-            pictures.append((title, _draw_grouped(panels, key, label, output / f"{name}.png")))
+            pictures[title] = _draw_grouped(panels, key, output / name)
     if timed := [(run, source) for run in answering for source in run.summary["sources"]]:
-        pictures.append(("Time against quality", _draw_time(timed, output / "time_quality.png")))
+        pictures[TIME] = _draw_time(timed, output / "time_quality.png")
     recalled = [(run, source) for run in runs if run.recalls for source in run.summary["sources"]]
     if recalled:
-        pictures.append(("Perplexity by length of the text", _draw_recall(recalled, output / "perplexity_by_length.png")))
+        pictures[RECALL] = _draw_recall(recalled, output / "perplexity_by_length.png")
     return pictures
 
 
@@ -110,7 +113,7 @@ def grouped_by(key: str, runs: Sequence[Run]) -> list[tuple[Run, str]]:
     ]
 
 
-def _draw_grouped(panels: Sequence[tuple[Run, str]], key: str, label: str, path: Path) -> Path:
+def _draw_grouped(panels: Sequence[tuple[Run, str]], key: str, path: Path) -> Path:
     (figure, grid), styles = _grid(len(panels)), _styles(panels)
     for axes, (run, source) in zip(grid, panels, strict=True):
         for method, scores in run.summary["sources"][source]["methods"].items():
@@ -121,6 +124,7 @@ def _draw_grouped(panels: Sequence[tuple[Run, str]], key: str, label: str, path:
             axes.plot(bounds, [groups[b]["f1"] for b in bounds], styles[method], color=_color(method), label=title_of(method))
             if key == "lengths":
                 axes.set_xticks(bounds)
+        label = "tokens of the context, up to" if key == "lengths" else "turn of the conversation"
         axes.set(xlabel=label, ylabel="F1, percent", title=f"{run.name}: {source}", ylim=(0, 103))
         if key == "turns":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -145,7 +145,7 @@ def _page(
     runs: Sequence[Run],
     compared: Sequence[Mapping[str, Any]],
     apart: Sequence[Mapping[str, str]],
-    pictures: Sequence[tuple[str, Path]],
+    pictures: Mapping[str, Path],
 ) -> Iterator[str]:
     yield "# Evaluation"
     yield ""
@@ -156,7 +156,8 @@ def _page(
         yield f"- **{run.name}**: {asked}, backbone `{config['backbone']['path']}`{of}, code {made['revision'] or made['shine']}"
         yield from (f"  - {source}: {found['tally']}" for source, found in run.summary["sources"].items())
     yield ""
-    yield "± is half the width of the 95 % interval: percentile bootstrap over contexts, 4,000 resamples."
+    yield "± is half the width of the 95 % interval: percentile bootstrap over contexts, 4,000 resamples. Where all contexts score"
+    yield "the same it is 0: what was not asked it cannot see."
     answering, recalling = [run for run in runs if not run.recalls], [run for run in runs if run.recalls]
     if answering:
         yield from ["", "## F1", "", *_paper_table(answering)]
@@ -167,22 +168,25 @@ def _page(
         ]
         yield "questions about a context from which on its adapter takes less time than the context in the prompt."
         yield from _learned(answering)
-        for title, key in (("F1 by length of the context, tokens up to", "lengths"), ("F1 by turn", "turns")):
+        for title, key, _ in plots.GROUPINGS:
             if rows := list(_grouped_table(answering, key)):
-                yield from ["", f"## {title}", "", *rows]
+                yield from ["", f"## {title}", "", *rows, *_picture(title, pictures)]
+        yield from ["", f"## {plots.TIME}", *_picture(plots.TIME, pictures)]
         yield from ["", "## Differences between methods, F1", "", *_difference_table(answering)]
         yield from _judge_tables(answering)
     if recalling:
         yield from ["", "## Texts given back", "", *_recall_table(recalling)]
-        yield from ["", "## Texts given back, by length", "", *_recall_table(recalling, by_length=True)]
+        yield from ["", f"## {plots.RECALL}", "", *_recall_table(recalling, by_length=True), *_picture(plots.RECALL, pictures)]
         yield from ["", "## Differences between methods, texts given back", "", *_recall_difference_table(recalling)]
     if compared:
         yield from ["", "## Differences between runs", "", *_comparison_table(compared)]
     for row in apart:
         yield from ["", f"{row['from']} and {row['to']} are not compared on {row['source']}: they were not asked the same there"]
         yield "(other contexts or questions, or contexts cut to another length)."
-    for title, file in pictures:
-        yield from ["", f"## {title}", "", f"![{title}]({file.name})"]
+
+
+def _picture(title: str, pictures: Mapping[str, Path]) -> list[str]:
+    return ["", f"![{title}]({pictures[title].name})"]
 
 
 def _paper_table(runs: Sequence[Run]) -> Iterator[str]:
@@ -221,17 +225,17 @@ def _score_table(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _grouped_table(runs: Sequence[Run], key: str) -> Iterator[str]:
-    """F1 of each method, a column for each length or turn; nothing where all questions are of one."""
-    panels = plots.grouped_by(key, runs)
-    found = [(run, source, name, m) for run, source in panels for name, m in run.summary["sources"][source]["methods"].items()]
-    groups = sorted({int(group) for *_, scores in found for group in scores[key]})
-    if not groups:
-        return
-    yield from _head(["run", "set", "method", *map(str, groups)], left=3)
-    for run, source, method, scores in found:
-        there = (scores[key].get(str(group)) for group in groups)
-        cells = (f"{g['f1']:.1f} ±{(g['f1_interval'][1] - g['f1_interval'][0]) / 2:.1f}" if g else "" for g in there)
-        yield _line([run.name, source, title_of(method), *cells])
+    """F1 of each method, a column for each length or turn, above how many questions that is of; nothing where all are of one."""
+    panels = [(run, source, run.summary["sources"][source]["methods"]) for run, source in plots.grouped_by(key, runs)]
+    groups = sorted({int(group) for *_, methods in panels for scores in methods.values() for group in scores[key]})
+    if panels:
+        yield from _head(["run", "set", "method", *map(str, groups)], left=3)
+    for run, source, methods in panels:
+        for method, scores in methods.items():
+            there = [scores[key].get(str(group)) for group in groups]
+            cells = (f"{g['f1']:.1f} ±{(g['f1_interval'][1] - g['f1_interval'][0]) / 2:.1f}" if g else "" for g in there)
+            yield _line([run.name, source, title_of(method), *cells])
+        yield _line([run.name, source, "*questions*", *(f"{g['questions']:,}" if g else "" for g in there)])
 
 
 def _learned(runs: Sequence[Run]) -> Iterator[str]:
