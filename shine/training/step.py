@@ -78,7 +78,10 @@ def training_step(
         teacher: learned from beside the labels; the loss is then the mixture.
     """
     labels = sum(sample.label_count for sample in samples)
-    micro_batches = chunks(samples[ranks.rank :: ranks.size], micro_batch_size)
+    if micro_batch_size > 1:
+        # Contexts of like length together: of samples drawn by their whole length, half of the padding goes.
+        samples = sorted(samples, key=lambda sample: len(sample.context_ids))
+    micro_batches = chunks(samples, micro_batch_size)[ranks.rank :: ranks.size]
     loss_sum = torch.zeros((), dtype=torch.promote_types(torch.float32, backbone.dtype), device=backbone.device)
     optimizer.zero_grad(set_to_none=True)
     for index, micro_batch in enumerate(micro_batches):
