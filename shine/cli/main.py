@@ -26,6 +26,7 @@ from shine.cli import (
     serve_adapter,
     store,
     trust,
+    tune_reader,
 )
 
 COMMANDS = (
@@ -45,6 +46,7 @@ COMMANDS = (
     report,
     judge,
     trust,
+    tune_reader,
     release,
     push,
     pull,
