@@ -88,7 +88,7 @@ def judge_table(summary: Mapping[str, Any]) -> Table:
 def show(table: Table) -> None:
     """Print a table, wide enough for its content also where there is no terminal."""
     console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
+    (console if console.is_terminal else Console(width=160)).print(table)
 
 
 def _table(title: str, columns: list[str]) -> Table:
