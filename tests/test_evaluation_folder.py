@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -137,6 +138,15 @@ def test_predictions_of_other_code_are_not_gone_on_with(
     evaluate(config)
     assert "goes on with 4 of 4 batches" in capsys.readouterr().out
     file.write_text("another rule")
+    evaluate(config)
+    assert "begins again" in capsys.readouterr().out
+
+
+def test_predictions_of_another_library_are_not_gone_on_with(
+    config: EvaluationConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(config)
+    monkeypatch.setattr("shine.evaluation.run.version", lambda name: "0.1" if name == "rouge" else importlib.metadata.version(name))
     evaluate(config)
     assert "begins again" in capsys.readouterr().out
 

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ CODE = tuple(
     )
 )
 """What predictions and their scores follow from beside the plan's values: a folder that other code has begun is begun again."""
+LIBRARIES = ("torch", "transformers", "tokenizers", "rouge")
+"""Whose versions count likewise."""
 SAY_EVERY = 30.0
 """Seconds between two lines about how far it is."""
 
@@ -209,7 +212,7 @@ def _plan(
     model = str(fingerprint(methods[0].speaker.backbone.model, tokenizer))
     code = hashlib.sha256(b"".join(file.read_bytes() for file in CODE)).hexdigest()[:16]
     plan = {"config": values, "examples": digest.hexdigest()[:16], "weights": weights.hexdigest()[:16], "backbone": model}
-    return units, order, {**plan, "code": code}
+    return units, order, {**plan, "code": code, "libraries": {name: version(name) for name in LIBRARIES}}
 
 
 def _add_tensors(digest: hashlib._Hash, tensors: Mapping[str, torch.Tensor]) -> None:
