@@ -39,7 +39,7 @@ class CheckpointInfo:
         stages: those behind it, oldest first.
         fingerprint: of the backbone it was trained on; ``None`` in checkpoints of format 1.
         revision: the hub's commit of that backbone, where it came from there.
-        variant: what was done to its weights, where something was: see `shine.zoo.variant_name`.
+        variant: what was done to its weights, where something was: see `shine.loading.variant_name`.
         context_length: most tokens of a context in the last stage; ``None`` in checkpoints that were written before this was kept.
     """
 

@@ -29,11 +29,13 @@ from shine.config import BackboneConfig, HypernetworkConfig
 from shine.fingerprint import Fingerprint, fingerprint, hypernetwork_fingerprint
 from shine.hub import HubId, download
 from shine.hypernetwork import Hypernetwork
+from shine.loading import load_backbone
 from shine.lora import LoRA
+from shine.pretrained import without_progress_bars
 from shine.prompt_cache import PromptCache
 from shine.provenance import ContextRecord, ModelRecord, Provenance, sha256
 from shine.reading import Reader
-from shine.zoo import ASSETS, load_backbone, looks_like_hub_id, without_progress_bars
+from shine.zoo import ASSETS, looks_like_hub_id
 
 SHIPPED_HYPERNETWORKS = {"cpu-world": ASSETS / "cpu-world" / "hypernetwork"}
 NOTHING_SAID = Conversation()
