@@ -20,6 +20,7 @@ from torch import Tensor
 import shine
 from shine.backbone import Backbone
 from shine.config import BackboneConfig, HypernetworkConfig, parse
+from shine.files import restore
 from shine.fingerprint import Fingerprint
 from shine.hub import download, hub_id
 from shine.hypernetwork import Hypernetwork
@@ -64,6 +65,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if (remote := hub_id(path)) is not None:
         return download(remote)
     path = Path(path).expanduser()
+    for place in (path, path / "final"):
+        restore(place)
     if not path.is_dir():
         raise ValueError(f"{path}: no such checkpoint directory; train the stage that makes it, or download it")
     if (path / CONFIG_FILE).exists() or is_released(path):

