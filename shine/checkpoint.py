@@ -173,7 +173,7 @@ def load_hypernetwork(path: str | Path, backbone: Backbone, *, config: Hypernetw
     tensors = read_weights(directory)
     remedy = "set the ranks, depth and targets it was trained with"
     if info is not None:
-        remedy = f"it was trained on backbone {info.backbone.path}: set backbone=... or backbone.path=... to that model"
+        remedy = f"it was trained on backbone {info.backbone.path}: set backbone=... to that model"
     _check_shapes(hypernetwork, tensors, directory, remedy=remedy)
     hypernetwork.load_state_dict(tensors)
     return hypernetwork.to(backbone.device)
@@ -203,7 +203,7 @@ def check_backbone(path: str | Path, *, config: BackboneConfig, found: Fingerpri
     if info.fingerprint is not None and info.fingerprint != found:
         both = f"{trained} (fingerprint {info.fingerprint}), and {config.path} is another ({found})"
         if not found.is_variant_of(info.fingerprint):
-            raise ValueError(f"{both}: set backbone=... or backbone.path=... to the model it was trained on")
+            raise ValueError(f"{both}: set backbone=... to the model it was trained on")
         if not config.allow_variant:
             raise ValueError(
                 f"{both}: the same architecture and vocabulary with other weights, quantised, dequantised or tuned; use the one "

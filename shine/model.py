@@ -98,8 +98,9 @@ class Shine:
         shape = info.hypernetwork if info is not None else hypernetwork or HypernetworkConfig()
         with without_progress_bars():
             held, tokenizer = load_backbone(config, targets=shape.targets)
-        loaded = load_hypernetwork(directory, held, config=hypernetwork).eval().requires_grad_(False)
+        # First, since it says in one line what would show as a hundred tensors that do not fit.
         check_backbone(directory, config=config, found=fingerprint(held.model, tokenizer))
+        loaded = load_hypernetwork(directory, held, config=hypernetwork).eval().requires_grad_(False)
         length = context_length or (info.context_length if info is not None else None) or CONTEXT_LENGTH
         return cls(held, tokenizer, loaded, config, str(path), length)
 
@@ -348,7 +349,8 @@ def _backbone_config(path: str, recorded: BackboneConfig | None, asked: str | Ba
     if isinstance(asked, BackboneConfig):
         return asked
     if recorded is not None:
-        return recorded if asked is None else replace(recorded, path=asked)
+        # How it attends is a matter of where it runs, not of what was trained.
+        return replace(recorded, path=recorded.path if asked is None else asked, attention="auto")
     if asked is None:
         raise ValueError(f"{path}: a released checkpoint does not say which backbone it is for: give backbone=...")
     return BackboneConfig(path=asked)

@@ -97,7 +97,7 @@ def resolve(path: str) -> str:
     if looks_like_hub_id(path):
         return path
     if "/" in path:
-        raise ValueError(f"there is no folder {path}: download it with `{download_command(path)}`, or change backbone.path")
+        raise ValueError(f"there is no folder {path}: download it with `{download_command(path)}`, or set backbone.path=...")
     known = [*SHIPPED, *FETCHED]
     near = difflib.get_close_matches(path, known, n=1)
     guess = f"did you mean {near[0]}? " if near else ""

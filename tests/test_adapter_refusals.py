@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 from conftest import ADAPTER_TEXT as TEXT
 from conftest import tiny_model, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 
 from shine import LoRA
 from shine.cli.main import main
+from shine.zoo import SHIPPED
 
 MODEL = ("--model", "cpu-world", "--device", "cpu")
 
@@ -59,6 +61,32 @@ def test_an_unknown_checkpoint_is_one_line(notes: Path, tmp_path: Path, refused:
     assert "no adapter there" in refused("export", tmp_path / "out", "-o", tmp_path / "peft")
     for command in (("store", "add", tmp_path / "out", "x", notes), ("check", _with(notes, f"{TEXT} Runa lives in Lorvik."))):
         assert "checkpoints/absent: no such checkpoint" in refused(*command, "--model", "checkpoints/absent")
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_are_called_what_they_are_on_the_command_line(
+    notes: Path, tmp_path: Path, tiny_backbone_folder: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    tuned = tmp_path / "tuned"
+    shutil.copytree(SHIPPED["cpu-world"], tuned)
+    weights = load_file(tuned / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, tuned / "model.safetensors", metadata={"format": "pt"})
+    released = Path(__file__).parent / "fixtures" / "tiny_qwen3" / "reference_checkpoint"
+    for options, about in (
+        (("--device", "gpu"), r"error: --device gpu: set it to auto, cpu, cuda or cuda:N$"),
+        (("--device", "cuda:99"), r"error: --device cuda:99: no CUDA device 99, there are \d+: set it to cpu"),
+        (("--backbone", "./no/such"), r"no folder \./no/such: download it .*, or give --backbone$"),
+        (("--backbone", "owner/name"), r"cannot load backbone owner/name: .* and give --backbone models/name$"),
+        (("--backbone", tiny_backbone_folder), r"give --backbone the model it was trained on$"),
+        (("--backbone", tuned), r"other weights, .* allow this one: --allow-variant$"),
+        (("--model", released), r"does not say which backbone it is for: give --backbone$"),
+    ):
+        for command in (("encode", notes, "-o", tmp_path / "out"), ("chat", "--context", notes, "-q", "x")):
+            told = refused(*command, "--model", "cpu-world", *options)
+            assert re.search(about, told.strip())
+            assert not re.search(r"backbone[.=]|allow_variant", told)
     assert not (tmp_path / "out").exists()
 
 

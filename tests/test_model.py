@@ -179,6 +179,13 @@ def test_a_checkpoint_of_ours_comes_back_with_its_backbone(tiny: Shine, tmp_path
     assert (other.backbone.dtype, other.context_length) == (torch.float64, 12)
 
 
+def test_a_checkpoint_is_not_bound_to_the_attention_it_was_trained_with(tiny: Shine, tmp_path: Path) -> None:
+    trained = replace(tiny, config=replace(tiny.config, attention="flash_attention_2"))
+    loaded = Shine.from_pretrained(saved(trained, tmp_path / "final"), device="cpu")
+    assert loaded.config.attention == "auto"
+    assert same(loaded.encode("some text"), tiny.encode("some text"))
+
+
 def test_a_released_checkpoint_needs_to_be_told_its_backbone() -> None:
     folder = Path(__file__).parent / "fixtures" / "tiny_qwen3" / "reference_checkpoint"
     with pytest.raises(ValueError, match=r"a released checkpoint does not say which backbone.*backbone="):

@@ -31,6 +31,7 @@ from shine.cli import (
     store,
     trust,
 )
+from shine.cli.models import in_flags
 
 COMMANDS = (
     fetch,
@@ -86,6 +87,8 @@ def _run(argv: Sequence[str] | None) -> int:
         args = _parser().parse_args(argv)
         code: int | None = args.run(args)
         return code or 0
+    except ValueError as error:
+        raise ValueError(in_flags(str(error), args)) from error
     finally:
         # Here, where it can be told that nobody reads.
         sys.stdout.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -96,6 +97,24 @@ def seconds(text: str) -> float:
     if number <= 0:
         raise ValueError
     return number
+
+
+_FLAGS = (
+    ("device", r"backbone\.device=", "--device "),
+    ("backbone", r"((set|give) )?backbone(\.path)?=\.\.\.( to)?", "give --backbone"),
+    ("backbone", r"set backbone\.path=", "give --backbone "),
+    ("allow_variant", r"backbone\.allow_variant=true in a configuration, --allow-variant on .*", "--allow-variant"),
+    ("allow_variant", r"allow_variant=True", "--allow-variant"),
+)
+"""An option, how a configuration or Python says it, and how the command line does."""
+
+
+def in_flags(message: str, args: argparse.Namespace) -> str:
+    """A refusal from below, where nothing is known of commands, in the words of one with these options."""
+    for option, said, flag in _FLAGS:
+        if option in args:
+            message = re.sub(said, flag, message)
+    return message
 
 
 def load_shine(args: argparse.Namespace) -> Shine:
