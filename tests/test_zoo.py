@@ -361,10 +361,14 @@ def test_the_command_turns_an_error_into_one_line(capsys: pytest.CaptureFixture[
     assert error.count("\n") == 1
 
 
-def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["fetch", "--help"])
-    assert "shine fetch smollm2-135m" in capsys.readouterr().out
+def test_the_command_says_it_in_json(cache: Path, served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch", "tiny", "--json"]) == 0
+    folder = cache / "tiny"
+    size = sum(os.path.getsize(folder / name) for name in os.listdir(folder))
+    assert json.loads(capsys.readouterr().out) == {"name": "tiny", "path": str(folder), "bytes": size, "licence": "none"}
+    assert main(["fetch", "tiny", "--gguf", str(cache), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["path"], told["bytes"]) == (str(cache / "tiny.gguf"), served.pin.member_bytes)
 
 
 # --- the real one --------------------------------------------------------------------------------------------------

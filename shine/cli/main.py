@@ -31,6 +31,7 @@ from shine.cli import (
     store,
     trust,
 )
+from shine.cli.commands import closing
 from shine.cli.models import in_flags
 
 COMMANDS = (
@@ -55,6 +56,11 @@ COMMANDS = (
     pull,
 )
 """In the order of ``shine --help``. Each module adds one subcommand; what it imports at its top must be quick to import."""
+EXAMPLES = """
+shine encode notes.txt --model cpu-world --output adapters/notes
+shine chat --adapter adapters/notes --model cpu-world --question "Where does Zoran live?"
+shine export adapters/notes --format peft --output peft/notes
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,7 +120,12 @@ def _stoppable() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="shine", description="A context becomes a LoRA.")
+    parser = argparse.ArgumentParser(
+        prog="shine",
+        description="A context becomes a LoRA. `shine COMMAND --help` says more, with examples.",
+        epilog=closing(EXAMPLES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in COMMANDS:
         module.add(commands)

@@ -40,27 +40,41 @@ shine store forget adapters notes
 """,
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    for name, help_text in (("add", "encode a text under a new name"), ("update", "encode a new version of a text")):
-        action = actions.add_parser(name, help=help_text, description=f"{help_text.capitalize()}.")
+    for name, about in (("add", "encode a text under a new name"), ("update", "encode a new version of a text")):
+        action = _add_action(actions, name, about, _write, f"shine store {name} adapters notes notes.txt --model cpu-world")
         _add_names(action, "name")
         action.add_argument("text", metavar="TEXT", help="a file, or - for standard input")
         add_document_options(action)
-        action.set_defaults(run=_write, action=name)
-    listing = actions.add_parser("list", help="say what is in it", description="Say what is in a store.")
+        action.set_defaults(action=name)
+    listing = _add_action(
+        actions, "list", "say what is in it", _list, "shine store list adapters\nshine store list adapters --json"
+    )
     listing.add_argument("store", metavar="STORE", help="the folder")
     add_json_option(listing)
-    listing.set_defaults(run=_list)
-    removal = "remove a context and its versions"
-    forget = actions.add_parser("forget", help=removal, description=f"{removal.capitalize()}.")
+    forget = _add_action(actions, "forget", "remove a context and its versions", _forget, "shine store forget adapters notes")
     _add_names(forget, "name")
-    forget.set_defaults(run=_forget)
-    compose = actions.add_parser("compose", help="write one adapter that holds several", description="Add up several contexts.")
+    add_json_option(forget)
+    compose = _add_action(
+        actions,
+        "compose",
+        "write one adapter that holds several, the sum of their updates",
+        _compose,
+        "shine store compose adapters notes handbook --output adapters-now --strength 0.5\n"
+        "shine store compose adapters notes handbook --output adapters-now --max-rank 8 --json",
+    )
     _add_names(compose, "names", nargs="+")
     compose.add_argument("-o", "--output", required=True, metavar="FOLDER", help="where to write")
     add_strength_option(compose)
     compose.add_argument("--max-rank", type=positive, metavar="N", help="reduce the sum to the nearest update of this rank")
     add_json_option(compose)
-    compose.set_defaults(run=_compose)
+
+
+def _add_action(
+    actions: Commands[argparse.ArgumentParser], name: str, about: str, run: object, examples: str
+) -> argparse.ArgumentParser:
+    action = add_command(actions, name, help=about, description=f"{about[0].upper()}{about[1:]}.", examples=examples)
+    action.set_defaults(run=run)
+    return action
 
 
 def _add_names(parser: argparse.ArgumentParser, name: str, *, nargs: str | None = None) -> None:
@@ -127,7 +141,10 @@ def _forget(args: argparse.Namespace) -> None:
     from shine.store import Store
 
     Store(args.store).forget(args.name)
-    print(f"forgot {args.name}")
+    if args.json:
+        print_json({"name": args.name, "forgotten": True})
+    else:
+        print(f"forgot {args.name}")
 
 
 def _compose(args: argparse.Namespace) -> None:
