@@ -113,6 +113,25 @@ def test_an_adapter_of_another_model_is_one_line_with_both_names(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_damaged_adapter_in_a_store_is_named_beside_the_others(
+    adapter: Path, notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Callable[..., str]
+) -> None:
+    store = tmp_path / "store"
+    for name in ("good", "bad"):
+        shutil.copytree(adapter, store / name / "1")
+    (store / "bad" / "1" / "config.json").write_text("{")
+    assert main(["store", "list", str(store)]) == 0
+    told = capsys.readouterr()
+    rows = {line.split()[0]: line.split() for line in told.out.splitlines() if line.strip().startswith(("good", "bad"))}
+    assert rows["bad"] == ["bad", "1", "damaged"]
+    assert rows["good"][-2] == "cpu-world"
+    assert re.fullmatch(r"note: bad is damaged: \S+/bad/1/config.json: cannot be read .*, or forget it\n", told.err)
+    bad, good = json.loads(run("store", "list", store, "--json"))
+    assert "cannot be read" in bad["damage"]
+    assert "damage" not in good
+    assert run("store", "update", store, "bad", notes, *MODEL) == f"{store}/bad/2\n"
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "much"])
 def test_a_strength_is_a_finite_number(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str, refused: Callable[..., str]

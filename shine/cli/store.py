@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -93,7 +94,7 @@ def _write(args: argparse.Namespace) -> None:
     known = {entry.name: entry for entry in store.list()}
     if args.action == "add" and args.name in known:
         raise ValueError(f"{args.name!r} is in {store.folder} already: update it, or choose another name")
-    if args.action == "update":
+    if args.action == "update" and args.name not in known:
         store.entry(args.name)
     entry = getattr(store, args.action)(args.name, encode_document(load_shine(args), documents[0], args))
     if args.json:
@@ -112,6 +113,9 @@ def _list(args: argparse.Namespace) -> None:
     from shine.store import Store
 
     entries = Store(args.store).list()
+    for entry in entries:
+        if entry.damage is not None:
+            print(f"note: {entry.name} is damaged: {entry.damage}, or forget it", file=sys.stderr)
     if args.json:
         print_json([_describe(entry) for entry in entries])
         return
@@ -128,9 +132,9 @@ def _list(args: argparse.Namespace) -> None:
         table.add_row(
             entry.name,
             str(entry.version),
-            f"{sum(span.context.tokens for span in spans):,}",
-            f"{sum(span.rank for span in spans):,}",
-            ", ".join(span.context.sha256[:12] for span in spans),
+            f"{sum(span.context.tokens for span in spans):,}" if spans else "",
+            f"{sum(span.rank for span in spans):,}" if spans else "",
+            ", ".join(span.context.sha256[:12] for span in spans) if entry.damage is None else "damaged",
             ", ".join(sorted({span.backbone.name for span in spans})),
             max((span.date for span in spans), default=""),
         )
@@ -164,4 +168,5 @@ def _compose(args: argparse.Namespace) -> None:
 
 def _describe(entry: Entry) -> dict[str, object]:
     contexts = [asdict(span) for span in entry.provenance]
-    return {"name": entry.name, "version": entry.version, "folder": str(entry.folder), "contexts": contexts}
+    found = {"name": entry.name, "version": entry.version, "folder": str(entry.folder), "contexts": contexts}
+    return found if entry.damage is None else {**found, "damage": entry.damage}
