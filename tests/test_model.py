@@ -164,6 +164,26 @@ def test_two_threads_may_encode_while_others_answer(tiny: Shine) -> None:
     assert all(same(found[index], wanted[index]) for index in range(12))
 
 
+@pytest.mark.parametrize("options", [{}, {"long": "cut"}, {"max_rank": 1}])
+def test_a_text_is_tokenised_whole_once_and_its_pieces_are_counted(
+    world: Shine, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    text = " ".join(example.context for example in EXAMPLES)
+    kind, seen, told = type(world.tokenizer), [], []
+
+    def counted(tokenizer: Any, given: Any, *, real: Any = kind.__call__, **more: Any) -> Any:
+        seen.append(given)
+        return real(tokenizer, given, **more)
+
+    monkeypatch.setattr(kind, "__call__", counted)
+    lora = world.encode(text, batch_size=2, progress=lambda done, about: told.append((done, about)), **options)
+    assert seen.count(text) == 1
+    pieces = lora.provenance[0][0].context.pieces
+    assert (pieces > 3) == (options.get("long") != "cut")
+    assert [done for done, _ in told] == [*range(2, pieces, 2), pieces]
+    assert all(max(done, pieces / 2) <= about < 2 * pieces for done, about in told)
+
+
 # --- loading ---------------------------------------------------------------------------------------------------------------
 
 

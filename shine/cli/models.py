@@ -7,7 +7,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -133,7 +133,7 @@ def load_shine(args: argparse.Namespace) -> Shine:
 
 def encode_document(shine: Shine, document: Document, args: argparse.Namespace, *, keep_text: bool = False) -> LoRA:
     """The adapter of one document; what was cut or added up is said on standard error."""
-    with _counted(shine, document, args) as progress:
+    with _counted(document) as progress:
         lora = shine.encode(
             document.text,
             names=[document.name],
@@ -220,24 +220,16 @@ def write_format(lora: LoRA, folder: Path, args: argparse.Namespace, *, backbone
 
 
 @contextmanager
-def _counted(shine: Shine, document: Document, args: argparse.Namespace) -> Iterator[Any]:
+def _counted(document: Document) -> Iterator[Callable[[int, int], object] | None]:
     """Tells how many pieces were read, on one line of the terminal; nothing where there is none."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
 
-    from shine.chat import token_ids
-    from shine.pieces import OVERLAP
-
     said = f"reading {document.name}"
     with Console(stderr=True).status(said) as status:
-        length = shine.context_length
-        shared = length // OVERLAP if args.overlap is None else args.overlap
-        tokens = len(token_ids(shine.tokenizer, document.text))
-        # Sentences do not fill a piece to its end, and no more than whole ones are said again.
-        total = 1 if args.cut or tokens <= length else math.ceil(tokens / max(length - shared, 1))
-        yield lambda done: status.update(f"{said}: {done:,} of about {max(total, done):,} pieces")
+        yield lambda done, about: status.update(f"{said}: {done:,} of about {about:,} pieces")
 
 
 def read_inputs(paths: Sequence[str], args: argparse.Namespace) -> list[Document]:
