@@ -61,8 +61,11 @@ def measure(subject: Subject, length: int, *, rounds: int) -> tuple[list[float],
         backbone.hidden(longer, None, lora=None)
 
     runs: dict[str, Callable[[], object]] = {"encode": encode, "read": read}
-    seconds = alternate(runs, rounds=rounds, device=subject.device)
-    return seconds["encode"], seconds["read"], peak_memory(encode, subject.device)
+    # The run that is looked at is the warm-up too.
+    read()
+    peak = peak_memory(encode, subject.device)
+    seconds = alternate(runs, rounds=rounds, device=subject.device, warm_up=0)
+    return seconds["encode"], seconds["read"], peak
 
 
 def _line(subject: Subject, length: int, *, spent: float, plain: float, ratio: Ratio, peak: int, rate: float) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,8 @@ def main() -> None:
     parser.add_argument("--without", nargs="+", choices=("recipe", "peft"), default=[], help="leave a comparison out")
     parser.add_argument("--profile", action="store_true", help="print where our step spends its time, and nothing else")
     args = parser.parse_args()
+    # PEFT calls what transformers deprecates.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     subject = load(
         args.model, device=args.device, precise="recipe" not in args.without, activation_checkpointing=args.checkpointing
     )
@@ -86,13 +89,14 @@ def measure(
         runs["recipe"] = (theirs := Theirs(subject, samples, context, conversation))
     if "peft" not in without:
         runs["peft"] = FineTuning(subject, samples)
-    seconds = alternate(runs, rounds=rounds, device=subject.device)
+    # The run that is looked at is the warm-up too.
+    peaks = {name: peak_memory(run, subject.device) for name, run in runs.items()}
+    seconds = alternate(runs, rounds=rounds, device=subject.device, warm_up=0)
     flops = sum(training_flops(subject.backbone, subject.hypernetwork, read=c, answered=q, labels=n) for c, q, n in lengths)
     print(f"\n{title}: {len(samples)} sample(s), {useful:,} useful tokens, {flops / 1e12:.2f} TFLOP")
-    for name, run in runs.items():
+    for name in runs:
         spent = median(seconds[name])
-        peak = peak_memory(run, subject.device)
-        print(f"  {name:8} {spent:8.3f} s  {useful / spent:9,.0f} useful tokens/s  peak {peak / 2**30:6.2f} GiB", flush=True)
+        print(f"  {name:8} {spent:8.3f} s  {useful / spent:9,.0f} useful tokens/s  peak {peaks[name] / 2**30:6.2f} GiB", flush=True)
     print(f"  share of the bfloat16 matrix rate: {flops / median(seconds['shine']) / rate:.0%}")
     if "recipe" in runs:
         padded = len(samples) * recipe_flops(subject, context, conversation)

@@ -129,6 +129,11 @@ class Backbone:
         """Rows of the input embedding, ``V``."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
+    def misfits(self, lora: LoRA) -> list[str]:
+        """The linears of ``lora`` that this backbone has not as targets, or where it has them in other shapes."""
+        shapes = {shape.path: (shape.in_features, shape.out_features) for layer in self.linear_shapes for shape in layer}
+        return [path for path, (a, b) in lora.items() if shapes.get(path) != (a.shape[1], b.shape[2])]
+
     @contextmanager
     def wearing(self, lora: LoRA | None) -> Iterator[None]:
         """Every pass of this thread inside the block wears ``lora``.

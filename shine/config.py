@@ -19,7 +19,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 NotNegative = Annotated[float, Field(ge=0)]
 StageName = Literal["pretrain", "mqa", "1qa"]
-MethodName = Literal["shine", "in_context", "only_question", "fine_tuning"]
+MethodName = Literal["shine", "in_context", "in_context_tuned", "only_question", "fine_tuning"]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -145,6 +145,21 @@ class DataConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class DistillationConfig:
+    """Learning from the in-context model beside the labels (`shine.training.distillation`).
+
+    Attributes:
+        share: of the loss that is the divergence from it; the labels' own loss is the rest.
+        top: so many of its most likely tokens are compared one by one, and all others as one.
+        reader: the LoRA it reads contexts under, a folder that ``shine tune-reader`` wrote; ``None`` is the backbone as it is.
+    """
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    top: Positive = 32
+    reader: str | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
 class StageConfig:
     """One stage of the recipe.
 
@@ -167,6 +182,7 @@ class StageConfig:
         spike_factor: a gradient norm beyond so many times the median of the last ``spike_window`` is a spike, and its step is
             not taken; ``None`` lets spikes pass.
         most_skipped: so many steps in a row with bad numbers end the run.
+        distillation: learn from the in-context model too.
     """
 
     name: StageName
@@ -191,6 +207,7 @@ class StageConfig:
     spike_factor: PositiveFloat | None = 20.0
     spike_window: Positive = 100
     most_skipped: Positive = 10
+    distillation: DistillationConfig | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size % self.micro_batch_size:
@@ -257,6 +274,7 @@ class ScoringConfig:
         history: what earlier turns of a conversation hold, the method's own answers or the gold ones.
         lengths: upper bounds, in tokens, of the length buckets; longer texts make one more bucket.
         resume: go on with what an interrupted evaluation left in the output folder; false begins again.
+        reader: the LoRA that ``in_context_tuned`` reads contexts under, a folder that ``shine tune-reader`` wrote.
     """
 
     prompts: PromptConfig
@@ -267,13 +285,16 @@ class ScoringConfig:
     lengths: tuple[Positive, ...] = (100, 200, 300, 400, 500, 600, 700, 800, 900, 1000, 1100)
     fine_tuning: FineTuningConfig = field(default_factory=FineTuningConfig)
     resume: bool = True
+    reader: str | None = None
 
     def __post_init__(self) -> None:
         if list(self.lengths) != sorted(set(self.lengths)):
             raise ValueError(f"lengths={list(self.lengths)} must rise")
         if not self.methods or len(set(self.methods)) < len(self.methods):
-            known = "shine, in_context, only_question, fine_tuning"
+            known = ", ".join(get_args(MethodName))
             raise ValueError(f"methods={list(self.methods)}: name at least one of {known}, each once")
+        if "in_context_tuned" in self.methods and self.reader is None:
+            raise ValueError("methods=[in_context_tuned] needs reader=<folder>: make one with shine tune-reader")
 
 
 @dataclass(frozen=True, config=_STRICT)

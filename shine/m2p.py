@@ -36,14 +36,16 @@ class M2PLayer(nn.Module):
         return self.norm2(states + self.down(F.gelu(self.up(states))))
 
     def _attend(self, states: Tensor) -> Tensor:
-        if self.across_layers:
-            states = states.transpose(1, 2)
-        batch, other, length, hidden = states.shape
-        qkv = self.qkv(states).view(batch * other, length, 3, self.heads, hidden // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = mix(query, key, value)
-        mixed = self.out(mixed.transpose(1, 2).reshape(batch, other, length, hidden))
-        return mixed.transpose(1, 2) if self.across_layers else mixed
+        batch, layers, tokens, hidden = states.shape
+        # The linears see the states as they lie: of a transposed tensor torch would copy the weight for every row.
+        qkv = self.qkv(states).view(batch, layers, tokens, 3, self.heads, hidden // self.heads)
+        # [3, B, the other axis, heads, the mixed axis, D]
+        qkv = qkv.permute(3, 0, 2, 4, 1, 5) if self.across_layers else qkv.permute(3, 0, 1, 4, 2, 5)
+        other = qkv.shape[2]
+        query, key, value = qkv.flatten(1, 2)
+        mixed = mix(query, key, value).unflatten(0, (batch, other))
+        mixed = mixed.permute(0, 3, 1, 2, 4) if self.across_layers else mixed.permute(0, 1, 3, 2, 4)
+        return self.out(mixed.reshape(batch, layers, tokens, hidden))
 
 
 class M2PTransformer(nn.Module):

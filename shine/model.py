@@ -220,12 +220,7 @@ class Shine:
         for spans in lora.provenance:
             for span in spans:
                 self._check_origin(span.backbone)
-        shapes = {shape.path: shape for layer in self.backbone.linear_shapes for shape in layer}
-        odd = sorted(set(lora) - set(shapes)) or [
-            path
-            for path, (a, b) in lora.items()
-            if (a.shape[1], b.shape[2]) != (shapes[path].in_features, shapes[path].out_features)
-        ]
+        odd = self.backbone.misfits(lora)
         if odd:
             raise ValueError(
                 f"this adapter is for another backbone than {self.config.path}: {odd[0]} does not fit; encode the context again"

@@ -13,10 +13,11 @@ from test_evaluation import EXAMPLES, evaluation_config, write_examples
 
 from shine.config import EvaluationConfig, FineTuningConfig, SourceConfig, StageConfig
 from shine.data.examples import Example
-from shine.evaluation.fine_tuning import FineTuned, _start
+from shine.evaluation.fine_tuning import FineTuned
 from shine.evaluation.methods import Asked
 from shine.evaluation.results import TIMINGS_FILE, read_jsonl
 from shine.evaluation.run import evaluate, load_methods
+from shine.training.reader import starting_lora
 
 SINGLE = Example("single", "Dee is blue.", EXAMPLES[2].turns)
 
@@ -59,7 +60,7 @@ def test_the_loss_falls_and_the_adapter_changes_what_is_said(config: EvaluationC
     method = tuned(config, epochs=(40,), learning_rate=1e-2)
     samples = method.samples(EXAMPLES[0], 0)
     with torch.no_grad():
-        before = float(method._loss(_start(method.speaker, method.config, 0), samples))
+        before = float(method._loss(starting_lora(method.speaker.backbone, rank=2, generator=torch.Generator()), samples))
         after = float(method._loss(method._train(EXAMPLES[0], 0), samples))
     assert after < 0.6 * before
     asked = [Asked(0, "Who?")]

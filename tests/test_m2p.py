@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from shine.m2p import M2PLayer, M2PTransformer
 
@@ -125,3 +129,20 @@ def test_embeddings_start_at_zero_and_biases_of_the_attention_too() -> None:
 def test_heads_that_do_not_divide_the_hidden_size_are_refused(heads: int) -> None:
     with pytest.raises(ValueError, match=rf"heads={heads} does not divide the hidden size {HIDDEN}"):
         M2PTransformer(HIDDEN, backbone_layers=1, memory_tokens=1, layers=1, heads=heads, feed_forward=8, layers_first=True)
+
+
+def test_no_weight_is_copied_for_every_row() -> None:
+    """torch does that outside training in a linear whose input lies transposed. The largest tensor here is a linear's output."""
+    m2p = make_m2p(layers=2).requires_grad_(False)
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            sizes.extend(tensor.numel() for tensor in tree_leaves(result) if isinstance(tensor, Tensor))
+            return result
+
+    with torch.no_grad(), Sizes():
+        m2p(torch.randn(2, LAYERS, TOKENS, HIDDEN, dtype=torch.float64))
+    assert max(sizes) == 2 * LAYERS * TOKENS * 3 * HIDDEN
+    assert max(sizes) < TOKENS * 3 * HIDDEN * HIDDEN

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shine.backbone import Backbone
-from shine.data.batching import collate
+from shine.data.batching import Batch, collate
 from shine.data.samples import Sample
 from shine.hypernetwork import Hypernetwork
+from shine.training import step
 from shine.training.distributed import Ranks
 from shine.training.guard import NOT_FINITE, Guard
 from shine.training.optimizer import build_optimizer, learning_rate
@@ -92,6 +94,30 @@ def test_padding_changes_nothing(make_backbone: Callable[..., Backbone]) -> None
     share = [count / sum(labels) for count in labels]
     expected = {name: share[0] * alone[0][1][name] + share[1] * alone[1][1][name] for name in gradients}
     assert_same((loss, gradients), (share[0] * alone[0][0] + share[1] * alone[1][0], expected))
+
+
+def test_contexts_of_like_length_go_together(make_backbone: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over ranks and micro-batches every sample is used once, and none is beside one much longer than need be."""
+    lengths = [9, 2, 8, 3, 7, 1, 6, 4]
+    samples = [replace(stage_samples("mqa", 1)[0], id=str(n), context_ids=[5] * n) for n in lengths]
+    seen: list[list[int]] = []
+    real = step.label_losses
+
+    def label_losses(hypernetwork: Any, backbone: Backbone, batch: Batch, *args: Any) -> Any:
+        seen.append([int(name) for name in batch.ids])
+        return real(hypernetwork, backbone, batch, *args)
+
+    monkeypatch.setattr(step, "label_losses", label_losses)
+    backbone = make_backbone()
+    hypernetwork = Hypernetwork(tiny_hypernetwork_config(), backbone)
+    values = {"optimizer": torch.optim.SGD(hypernetwork.parameters(), lr=0.0), "clip": 1.0, "pad_id": 0}
+    monkeypatch.setattr(Ranks, "sum", lambda _self, value: value)
+    monkeypatch.setattr(Ranks, "of_first", lambda _self, values, device: values)
+    for rank in range(2):
+        training_step(
+            hypernetwork, backbone, samples, micro_batch_size=2, ranks=Ranks(rank, 2), guard=Guard(stage_config()), **values
+        )
+    assert seen == [[1, 2], [6, 7], [3, 4], [8, 9]]
 
 
 def test_activation_checkpointing_changes_nothing(make_backbone: Callable[..., Backbone]) -> None:

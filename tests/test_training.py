@@ -232,9 +232,9 @@ def test_lengths_are_padded_as_the_stage_says(tiny_backbone_folder: str, tmp_pat
     widths: list[int] = []
     real = step.label_losses
 
-    def label_losses(hypernetwork: Any, backbone: Backbone, batch: Batch) -> Any:
+    def label_losses(hypernetwork: Any, backbone: Backbone, batch: Batch, *args: Any) -> Any:
         widths.extend((batch.context_ids.shape[1], batch.input_ids.shape[1]))
-        return real(hypernetwork, backbone, batch)
+        return real(hypernetwork, backbone, batch, *args)
 
     monkeypatch.setattr(step, "label_losses", label_losses)
     train(train_config(tiny_backbone_folder, tmp_path / "tight", stage=stage_config(steps=3)))

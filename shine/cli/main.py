@@ -30,6 +30,7 @@ from shine.cli import (
     serve_adapter,
     store,
     trust,
+    tune_reader,
 )
 from shine.cli.commands import closing
 from shine.cli.models import in_flags
@@ -51,6 +52,7 @@ COMMANDS = (
     report,
     judge,
     trust,
+    tune_reader,
     release,
     push,
     pull,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from shine.chat import Message, encode_conversation
@@ -21,6 +20,7 @@ from shine.data.examples import Example, Turn
 from shine.data.samples import Sample
 from shine.evaluation.methods import Asked, Method, Speaker
 from shine.lora import LoRA
+from shine.training.reader import starting_lora
 
 FOLDS = 2
 """LoRAs of a context whose own questions are learned: one of the even turns, to answer the odd ones, and one of the odd turns."""
@@ -118,7 +118,7 @@ class FineTuned(Method):
 
     def _train(self, example: Example, fold: int) -> LoRA:
         seed = int.from_bytes(hashlib.sha256(f"{example.id} {fold}".encode()).digest()[:7])
-        lora = _start(self.speaker, self.config, seed)
+        lora = starting_lora(self.speaker.backbone, rank=self.config.rank, generator=torch.Generator().manual_seed(seed))
         samples, order = self.samples(example, fold), random.Random(seed)
         parameters = list(itertools.chain.from_iterable(lora.values()))
         optimizer = torch.optim.AdamW(parameters, lr=self.config.learning_rate, weight_decay=0.0)
@@ -136,15 +136,3 @@ class FineTuned(Method):
         batch = collate(samples, pad_id=speaker.tokenizer.pad_token_id).to(speaker.backbone.device)
         logits = speaker.backbone.label_logits(batch.input_ids, batch.input_mask, label_positions=batch.label_positions, lora=lora)
         return F.cross_entropy(logits, batch.label_ids)
-
-
-def _start(speaker: Speaker, config: FineTuningConfig, seed: int) -> LoRA:
-    """A LoRA that changes nothing yet: A uniform as a linear's weight starts, B zero, both float32 and trained."""
-    generator = torch.Generator().manual_seed(seed)
-    device, weights = speaker.backbone.device, {}
-    for shape in itertools.chain.from_iterable(speaker.backbone.linear_shapes):
-        bound = 1 / math.sqrt(shape.in_features)
-        a = torch.empty(1, shape.in_features, config.rank).uniform_(-bound, bound, generator=generator)
-        b = torch.zeros(1, config.rank, shape.out_features)
-        weights[shape.path] = (nn.Parameter(a.to(device)), nn.Parameter(b.to(device)))
-    return LoRA(weights)

@@ -179,6 +179,33 @@ class InContext(Method):
         return self.speaker.prompts.in_context.format(context=self.examples[asked.context].context, question=question)
 
 
+class InContextTuned(Method):
+    """The context in a system turn, read under the LoRA of `shine.training.reader`, one for all contexts.
+
+    Args:
+        reader: of batch one.
+    """
+
+    plain = True
+    adapter_bytes = 0
+
+    def __init__(self, name: str, speaker: Speaker, reader: LoRA) -> None:
+        super().__init__(name, speaker)
+        self.reader = reader.to(speaker.backbone.device, speaker.backbone.dtype)
+
+    def prepare(self, examples: Sequence[Example]) -> None:
+        """Only remember them: nothing is made of them."""
+        self.examples = list(examples)
+
+    def messages(self, asked: Asked) -> list[Message]:
+        """The context, and the conversation as SHINE is asked."""
+        return [Message("system", self.examples[asked.context].context), *super().messages(asked)]
+
+    def worn(self, asked: Sequence[Asked]) -> LoRA | None:
+        """The same one for all."""
+        return self.reader
+
+
 def _until(row: Sequence[int], stops: Sequence[int]) -> list[int]:
     end = next((index for index, token in enumerate(row) if token in stops), len(row))
     return list(row[:end])

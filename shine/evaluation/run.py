@@ -30,7 +30,7 @@ from shine.data.sources import look_into, read_named
 from shine.data.tally import Tally
 from shine.evaluation import pretraining, qa, scores
 from shine.evaluation.fine_tuning import FineTuned, Lessons
-from shine.evaluation.methods import InContext, Method, Shine, Speaker
+from shine.evaluation.methods import InContext, InContextTuned, Method, Shine, Speaker
 from shine.evaluation.results import PREDICTIONS_FILE, SUMMARY_FILE, Key, ResultFolder, Row, Unit
 from shine.evaluation.tables import answer_table, recall_table, show
 from shine.files import file_written_beside
@@ -38,6 +38,7 @@ from shine.fingerprint import fingerprint
 from shine.loading import load_backbone
 from shine.training.distributed import Ranks, join_ranks
 from shine.training.provenance import versions
+from shine.training.reader import read_reader
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 CODE = tuple(
@@ -121,6 +122,9 @@ def _methods(name: MethodName, config: EvaluationConfig, speaker: Speaker) -> It
         yield Shine(name, speaker, hypernetwork)
     elif name == "in_context":
         yield InContext(name, speaker)
+    elif name == "in_context_tuned":
+        assert config.reader is not None
+        yield InContextTuned(name, speaker, read_reader(config.reader, speaker.backbone))
     elif name == "only_question":
         yield Method(name, speaker)
     else:
@@ -188,15 +192,23 @@ def _plan(
         digest.update(repr((source, found)).encode("utf-8", "surrogatepass"))
     weights = hashlib.sha256()
     if config.checkpoint is not None and "shine" in config.methods:
-        for name, tensor in sorted(read_weights(config.checkpoint).items()):
-            weights.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        _add_tensors(weights, read_weights(config.checkpoint))
+    for method in methods:
+        if isinstance(method, InContextTuned):
+            for index in range(2):
+                _add_tensors(weights, {path: pair[index] for path, pair in method.reader.items()})
     values = asdict(config)
-    for key in ("output", "checkpoint", "data", "resume"):
+    for key in ("output", "checkpoint", "reader", "data", "resume"):
         values.pop(key)
     model = str(fingerprint(methods[0].speaker.backbone.model, tokenizer))
     code = hashlib.sha256(b"".join(file.read_bytes() for file in CODE)).hexdigest()[:16]
     plan = {"config": values, "examples": digest.hexdigest()[:16], "weights": weights.hexdigest()[:16], "backbone": model}
     return units, order, {**plan, "code": code}
+
+
+def _add_tensors(digest: hashlib._Hash, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
 class _Evaluation:

@@ -9,7 +9,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-TITLES = {"shine": "SHINE", "in_context": "In-Context", "only_question": "Only Question"}
+TITLES = {
+    "shine": "SHINE",
+    "in_context": "In-Context",
+    "in_context_tuned": "In-Context, tuned",
+    "only_question": "Only Question",
+}
 
 
 def title_of(method: str) -> str:

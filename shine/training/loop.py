@@ -28,6 +28,7 @@ from shine.fingerprint import fingerprint
 from shine.hub import hub_id
 from shine.loading import find_device, load_backbone, variant_name
 from shine.pretrained import without_progress_bars
+from shine.training.distillation import Teacher
 from shine.training.distributed import Ranks, SharedRefusalError, join_ranks
 from shine.training.guard import Guard
 from shine.training.monitor import BAD_STEPS_FILE, Monitor
@@ -143,6 +144,7 @@ class _Run:
         with ranks.together():
             self.hypernetwork, before = start_hypernetwork(config, backbone, found=found, start=start)
             self.validation = Validation(config, backbone, tokenizer)
+            self.teacher = None if stage.distillation is None else Teacher(backbone, tokenizer, stage.distillation)
         stages, revision = (*before, stage.name), revision_of(resolve(config.backbone.path))
         variant = variant_name(config.backbone.path, backbone)
         shape, length = self.hypernetwork.config, stage.context_length
@@ -250,6 +252,7 @@ class _Run:
             pad_to_multiple=self.stage.pad_to_multiple,
             ranks=self.ranks,
             guard=self.guard,
+            teacher=self.teacher,
         )
         monitor.advance(tokens=result.tokens, loss=result.loss)
         if _due(self.step + 1, self.stage.log_every, last=self.total):

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from shine.backbone import Backbone
 from shine.config import TrainConfig
 from shine.data.samples import Sample, StageSamples
-from shine.flops import training_flops
+from shine.flops import forward_flops, training_flops
 from shine.hypernetwork import Hypernetwork
 
 SHARE_OF_RATE = {"cuda": 0.4, "cpu": 0.15}
@@ -104,12 +104,7 @@ def estimate(
     widest = max(sample.tokens for sample in seen)
     memory = hypernetwork.memory_tokens.shape[0]
     per_sample = _activation_bytes(backbone, hypernetwork, tokens=widest + memory, labels=max(s.label_count for s in seen))
-    flops = sum(
-        training_flops(
-            backbone, hypernetwork, read=len(sample.context_ids), answered=len(sample.input_ids), labels=sample.label_count
-        )
-        for sample in seen
-    ) / len(seen)
+    flops = sum(_flops(sample, backbone, hypernetwork, taught=stage.distillation is not None) for sample in seen) / len(seen)
     return Needs(
         trained=trained,
         frozen=frozen,
@@ -152,6 +147,13 @@ def _frozen_bytes(backbone: Backbone) -> tuple[int, int]:
 def _look_at(samples: StageSamples, most: int) -> list[Sample]:
     every = max(len(samples) // most, 1)
     return [samples.sample(index, epoch=0) for index in range(0, len(samples), every)[:most]]
+
+
+def _flops(sample: Sample, backbone: Backbone, hypernetwork: Hypernetwork, *, taught: bool) -> float:
+    """Of a training step on this sample, with the pass of a teacher that sees its context."""
+    labels = sample.label_count
+    flops = training_flops(backbone, hypernetwork, read=len(sample.context_ids), answered=len(sample.input_ids), labels=labels)
+    return flops + (forward_flops(backbone, tokens=sample.tokens, predicted=labels) if taught else 0.0)
 
 
 def _activation_bytes(backbone: Backbone, hypernetwork: Hypernetwork, *, tokens: int, labels: int) -> int:

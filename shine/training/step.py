@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from shine.backbone import Backbone
 from shine.data.batching import Batch, chunks, collate
 from shine.data.samples import Sample
+from shine.training.distillation import Targets, Teacher
 from shine.training.distributed import Ranks
 from shine.training.guard import Guard
 from shine.training.parallel import accumulating, whole
@@ -34,11 +35,20 @@ class StepResult:
     skipped: str | None
 
 
-def label_losses(hypernetwork: nn.Module, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Loss of each label ``[N]``, float32, and whether the greedy choice was right ``[N]``, the contexts seen as LoRA only."""
+def label_losses(
+    hypernetwork: nn.Module, backbone: Backbone, batch: Batch, targets: Targets | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss of each label ``[N]``, float32, and whether the greedy choice was right ``[N]``, the contexts seen as LoRA only.
+
+    Args:
+        targets: what a teacher expects at the labels, of which the loss takes its share.
+    """
     lora = hypernetwork(backbone, batch.context_ids, batch.context_mask)
     logits = backbone.label_logits(batch.input_ids, batch.input_mask, label_positions=batch.label_positions, lora=lora)
-    return F.cross_entropy(logits, batch.label_ids, reduction="none"), logits.detach().argmax(-1) == batch.label_ids
+    losses = F.cross_entropy(logits, batch.label_ids, reduction="none")
+    if targets is not None:
+        losses = targets.mixed_into(losses, logits)
+    return losses, logits.detach().argmax(-1) == batch.label_ids
 
 
 def training_step(
@@ -53,6 +63,7 @@ def training_step(
     pad_to_multiple: int = 1,
     ranks: Ranks,
     guard: Guard,
+    teacher: Teacher | None = None,
 ) -> StepResult:
     """One optimizer step on a global batch, of which this rank computes its share.
 
@@ -64,16 +75,21 @@ def training_step(
         samples: the global batch; its size is a multiple of ``ranks.size * micro_batch_size``.
         pad_to_multiple: both lengths of a micro-batch are padded to a multiple of this.
         guard: says whether the step is taken.
+        teacher: learned from beside the labels; the loss is then the mixture.
     """
     labels = sum(sample.label_count for sample in samples)
-    micro_batches = chunks(samples[ranks.rank :: ranks.size], micro_batch_size)
+    if micro_batch_size > 1:
+        # Contexts of like length together: of samples drawn by their whole length, half of the padding goes.
+        samples = sorted(samples, key=lambda sample: len(sample.context_ids))
+    micro_batches = chunks(samples, micro_batch_size)[ranks.rank :: ranks.size]
     loss_sum = torch.zeros((), dtype=torch.promote_types(torch.float32, backbone.dtype), device=backbone.device)
     optimizer.zero_grad(set_to_none=True)
     for index, micro_batch in enumerate(micro_batches):
         batch = collate(micro_batch, pad_id=pad_id, multiple=pad_to_multiple).to(backbone.device)
         last = index + 1 == len(micro_batches)
+        targets = None if teacher is None else teacher.targets(micro_batch, multiple=pad_to_multiple)
         with accumulating(hypernetwork, last=last):
-            losses, _ = label_losses(hypernetwork, backbone, batch)
+            losses, _ = label_losses(hypernetwork, backbone, batch, targets)
             # The engines take the mean over ranks, the loss is a sum over them.
             (losses.sum() * (ranks.size / labels)).backward()
         loss_sum += losses.detach().sum()

@@ -1,0 +1,43 @@
+"""``shine tune-reader``: the ceiling that SHINE's answers are held against."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from shine.cli.commands import Commands, add_command
+
+
+def add(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add ``shine tune-reader``."""
+    parser = add_command(
+        commands,
+        "tune-reader",
+        help="train an ordinary LoRA to read contexts in the prompt (In-Context, tuned)",
+        description=(
+            "Train one ordinary LoRA on the samples of a stage, with the context in the prompt. It is what the same model could\n"
+            "learn from the same questions if it saw the context: test.py scores it as in_context_tuned."
+        ),
+        examples=(
+            "shine tune-reader outputs/reader experiment=smollm2 stage=mqa stage.steps=300\n"
+            "python test.py experiment=smollm2 checkpoint=outputs/1qa reader=outputs/reader "
+            '"methods=[shine,in_context,in_context_tuned,only_question]"'
+        ),
+    )
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write the LoRA into")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py: experiment, stage, data")
+    parser.add_argument("--rank", type=int, default=8, help="of the LoRA (default: %(default)s)")
+    parser.add_argument("--alpha", type=float, default=16.0, help="its update is scaled by alpha / rank (default: %(default)s)")
+    parser.set_defaults(run=_tune)
+
+
+def _tune(args: argparse.Namespace) -> None:
+    from shine.cli.doors import composed
+    from shine.config import TrainConfig
+    from shine.training.tuning import train_reader
+
+    if args.rank < 1 or args.alpha <= 0:
+        raise ValueError("--rank and --alpha: give positive numbers")
+    config = composed(TrainConfig, "train", [f"output={args.output}", *args.overrides])
+    place = train_reader(config, rank=args.rank, alpha=args.alpha).save(args.output)
+    print(f"reader: {place}; score it with reader={place} and in_context_tuned among the methods of test.py")

@@ -1,0 +1,58 @@
+"""The loop that trains a reader (`shine.training.reader`): the samples, order, optimizer and schedule of a stage of SHINE's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from shine.config import TrainConfig
+from shine.data.batching import SampleStream
+from shine.data.build import build_samples
+from shine.loading import load_backbone
+from shine.lora import LoRA
+from shine.training.distributed import Ranks
+from shine.training.guard import Guard
+from shine.training.optimizer import build_optimizer, learning_rate
+from shine.training.reader import Reader, in_prompt
+from shine.training.step import training_step
+
+
+def train_reader(config: TrainConfig, *, rank: int, alpha: float, say: Callable[[str], None] = print) -> LoRA:
+    """Train a reader on the samples of a stage, in one process, and return its LoRA.
+
+    Args:
+        config: a training run of SHINE's, whose backbone, data, stage and seed are taken.
+        rank, alpha: of the LoRA, on every linear that SHINE writes for; its update is scaled by ``alpha / rank``.
+
+    Raises:
+        ValueError: the data or the sizes do not fit.
+    """
+    stage = config.stage
+    backbone, tokenizer = load_backbone(config.backbone, targets=config.hypernetwork.targets)
+    reader = Reader(backbone, rank=rank, alpha=alpha, seed=config.seed)
+    samples = build_samples(
+        config.data.train, "data.train", tokenizer, stage, task_tokens=config.backbone.task_tokens, seed=config.seed, say=say
+    )
+    stream = SampleStream(samples, stage.batch_size, config.seed, window=stage.length_window)
+    total = stage.steps if stage.steps is not None else max(math.ceil(stage.epochs * len(samples) / stage.batch_size), 1)
+    optimizer, guard = build_optimizer(reader, stage), Guard(stage)
+    for step in range(total):
+        rate = learning_rate(step, stage=stage, total_steps=total)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        result = training_step(
+            reader,
+            backbone,
+            [in_prompt(sample, tokenizer) for sample in next(stream)],
+            optimizer=optimizer,
+            micro_batch_size=stage.micro_batch_size,
+            clip=stage.clip,
+            pad_id=tokenizer.pad_token_id,
+            pad_to_multiple=stage.pad_to_multiple,
+            ranks=Ranks(),
+            guard=guard,
+        )
+        guard.check(learning_rate=rate)
+        if stage.log_every and (step + 1) % stage.log_every == 0:
+            say(f"reader {step + 1}/{total}  loss {result.loss:.4g}  learning_rate {rate:.4g}")
+    return LoRA({path: (a.detach(), b.detach()) for path, (a, b) in reader().items()})
