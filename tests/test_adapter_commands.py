@@ -43,6 +43,16 @@ def test_a_text_becomes_an_adapter_that_answers(notes: Path, adapter: Path, run:
     assert [turn["answer"] for turn in weak] != ["Selkirk", "baker"]
 
 
+def test_the_model_can_come_from_the_environment(
+    notes: Path, tmp_path: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHINE_MODEL", "cpu-world")
+    assert run("chat", "--context", notes, "-q", "Where does Umar live?", "--device", "cpu") == "Selkirk\n"
+    # An option says more than the environment.
+    monkeypatch.setenv("SHINE_MODEL", "checkpoints/absent")
+    assert run("chat", "--context", notes, "-q", "Where does Umar live?", *MODEL) == "Selkirk\n"
+
+
 def test_info_tells_the_provenance(adapter: Path, run: Callable[..., str]) -> None:
     found = json.loads(run("info", adapter, "--json"))
     (span,) = found["contexts"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
@@ -21,6 +22,14 @@ from shine.cli.main import main
 from shine.zoo import SHIPPED
 
 MODEL = ("--model", "cpu-world", "--device", "cpu")
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "gone": Path.unlink,
+    "empty": lambda file: file.write_bytes(b""),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "noise": lambda file: file.write_bytes(bytes(range(256))),
+    "a list": lambda file: file.write_text("[1]"),
+    "null": lambda file: file.write_text("null"),
+}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +97,40 @@ def test_options_are_called_what_they_are_on_the_command_line(
             assert re.search(about, told.strip())
             assert not re.search(r"backbone[.=]|allow_variant", told)
     assert not (tmp_path / "out").exists()
+
+
+def test_whatever_is_damaged_in_a_folder_is_one_line(
+    notes: Path, adapter: Path, tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    """Each file of what the commands write, spoilt in each way, is either not needed by a command or refused by it."""
+    kinds = {"peft": (), "gguf": ("--format", "gguf"), "merged": ("--merge",)}
+    for kind, options in kinds.items():
+        run("export", adapter, "-o", tmp_path / kind, *options)
+    spoilt, out = tmp_path / "spoilt", tmp_path / "out"
+    commands = {
+        "adapter": [("info", spoilt), ("export", spoilt, "-o", out), ("chat", "--adapter", spoilt, "-q", "x", *MODEL)],
+        "peft": [("info", spoilt), ("export", spoilt, "--check", "vllm")],
+        "gguf": [("info", spoilt)],
+        "merged": [
+            ("export", adapter, "--backbone", spoilt, "-o", out),
+            ("encode", notes, "-o", out, "--backbone", spoilt, *MODEL),
+        ],
+    }
+    refusals = 0
+    for kind, damage in itertools.product(commands, DAMAGES.values()):
+        for file in sorted((tmp_path / kind).iterdir()):
+            shutil.rmtree(spoilt, ignore_errors=True)
+            shutil.copytree(tmp_path / kind, spoilt)
+            damage(spoilt / file.name)
+            for command in commands[kind]:
+                shutil.rmtree(out, ignore_errors=True)
+                if main([str(word) for word in command]) == 0:
+                    continue
+                shutil.rmtree(out, ignore_errors=True)
+                refused(*command)
+                refusals += 1
+                assert not out.exists()
+    assert refusals > 60
 
 
 def test_an_adapter_of_another_model_is_one_line_with_both_names(
@@ -215,7 +258,12 @@ def test_what_is_asked_in_vain_is_said(notes: Path, adapter: Path, tmp_path: Pat
     assert "nothing to talk about" in refused("chat", *MODEL)
     assert "--keep-text" in refused("chat", "--adapter", adapter, "--compare", "-q", "x", *MODEL)
     assert "the questions cannot" in refused("chat", "--context", "-", *MODEL)
-    assert "need --model" in refused("compare", adapter, adapter, "-q", "x")
+    for command in (
+        ("compare", adapter, adapter, "-q", "x"),
+        ("encode", notes, "-o", tmp_path / "out"),
+        ("chat", "--context", notes, "-q", "x"),
+    ):
+        assert "say which hypernetwork: --model CHECKPOINT, or SHINE_MODEL" in refused(*command)
     assert "holds something else" in refused("encode", notes, "-o", tmp_path, *MODEL)
     assert "give a longer text" in refused("check", _with(notes, "One fish."), *MODEL)
 

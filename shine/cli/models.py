@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,22 +22,22 @@ if TYPE_CHECKING:
     from shine.model import Shine
 
 
-def add_document_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """What a command needs that encodes documents: ``--json``, the model (which may be left out unless ``required``), reading."""
+def add_document_options(parser: argparse.ArgumentParser) -> None:
+    """What a command needs that encodes documents: ``--json``, the model, reading."""
     add_json_option(parser)
-    add_model_options(parser, required=required)
+    add_model_options(parser)
     add_reading_options(parser)
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which hypernetwork and backbone, and how they are held."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m",
         "--model",
-        required=required,
         metavar="CHECKPOINT",
-        help="the hypernetwork: a checkpoint folder, a hub id, or cpu-world, which is shipped and reads invented worlds",
+        help="the hypernetwork: a checkpoint folder, a hub id, or cpu-world, which is shipped and reads invented worlds; "
+        "default: SHINE_MODEL in the environment",
     )
     group.add_argument("--backbone", metavar="MODEL", help="where the backbone lies, if not where the checkpoint says")
     group.add_argument("--device", default="auto", help="auto (CUDA where there is some), cpu, cuda, cuda:N")
@@ -118,11 +119,18 @@ def in_flags(message: str, args: argparse.Namespace) -> str:
 
 
 def load_shine(args: argparse.Namespace) -> Shine:
-    """The models that the options name."""
+    """The models that the options name, or else the environment.
+
+    Raises:
+        ValueError: no hypernetwork is named, or what is named cannot be loaded.
+    """
+    name = args.model or os.environ.get("SHINE_MODEL")
+    if not name:
+        raise ValueError("say which hypernetwork: --model CHECKPOINT, or SHINE_MODEL in the environment; cpu-world is shipped")
     from shine.model import Shine
 
     return Shine.from_pretrained(
-        args.model,
+        name,
         backbone=args.backbone,
         device=args.device,
         dtype=args.dtype,

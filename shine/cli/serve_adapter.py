@@ -65,7 +65,7 @@ shine serve-adapter unregister notes-5f0c2a9e41 --engine vllm
     register.add_argument("--name", help="instead of the text's name and a hash of the weights")
     register.add_argument("--server-rank", type=positive, metavar="N", help="the largest rank it was started with")
     add_strength_option(register)
-    add_document_options(register, required=False)
+    add_document_options(register)
     listing = _add_action(
         actions,
         "list",
@@ -156,8 +156,6 @@ def _name(stem: str, lora: LoRA) -> str:
 
 def _encoded(document: Document, args: argparse.Namespace) -> tuple[str, LoRA, str]:
     """What to call an adapter, the adapter, and the backbone it is for."""
-    if args.model is None:
-        raise ValueError("a text is encoded by a hypernetwork: give --model CHECKPOINT")
     shine = load_shine(args)
     return Path(document.name).stem, encode_document(shine, document, args), shine.config.path
 
