@@ -78,7 +78,8 @@ class Store:
         """Remove a context with all its versions."""
         with self._writing(name):
             self._current(name)
-            shutil.rmtree(self.folder / name)
+            # Renamed first: who looks finds it whole or not at all, whatever happens to this process.
+            shutil.rmtree((self.folder / name).rename(self.folder / f".{name}.forgotten"))
 
     def load(self, name: str, *, version: int | None = None) -> LoRA:
         """The adapter of a context, the current version or an earlier one."""
@@ -131,6 +132,9 @@ class Store:
             raise ValueError(f"{name!r} cannot be a name: use letters, digits, '.', '-' and '_', a letter or digit first")
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock"):
+            # Nobody else writes now, so this is of a process that was killed.
+            for left in (*self.folder.glob(".*.forgotten"), *(self.folder / name).glob(".*.partial")):
+                shutil.rmtree(left, ignore_errors=True)
             yield
 
 

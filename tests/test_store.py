@@ -122,10 +122,29 @@ def test_a_damaged_adapter_hides_no_other_and_can_be_replaced_or_forgotten(store
     assert [entry.name for entry in store.list()] == ["a", "b"]
 
 
-def test_what_was_half_written_is_no_version(store: Store) -> None:
+def test_what_was_half_written_is_no_version_and_goes_with_the_next_write(store: Store) -> None:
     store.add("notes", adapter("a"))
     (store.folder / "notes" / ".2.77.partial").mkdir()
     assert store.entry("notes").version == 1
+    store.update("notes", adapter("bb"))
+    assert sorted(child.name for child in (store.folder / "notes").iterdir()) == ["1", "2"]
+
+
+def test_a_process_that_is_stopped_while_it_forgets_leaves_no_half(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.add("notes", adapter("a"))
+    store.add("other", adapter("bb"))
+
+    def stopped(folder: Path) -> None:
+        (folder / "1" / "config.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            store.forget("notes")
+    assert [(entry.name, entry.damage) for entry in store.list()] == [("other", None)]
+    store.add("notes", adapter("ccc"))
+    assert sorted(child.name for child in store.folder.iterdir()) == [".lock", "notes", "other"]
 
 
 def test_writers_at_once_take_turns(store: Store) -> None:
