@@ -15,9 +15,11 @@ from statistics import median
 import torch
 from machine import alternate, peak_memory, ratio_with_spread, show_limits
 from subject import MODELS, Subject, load, tokens
+from torch import Tensor
 
 from shine.backbone import Backbone
 from shine.lora import LoRA
+from shine.prompt_cache import PromptCache
 
 
 def main() -> None:
@@ -28,6 +30,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a question (default: %(default)s)")
     parser.add_argument("--context", type=int, default=344, help="tokens of a context (default: %(default)s)")
     parser.add_argument("--new", type=int, default=16, help="tokens of an answer (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=8, help="of a conversation (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
@@ -41,6 +44,12 @@ def main() -> None:
     for name, times in seconds.items():
         ratio = ratio_with_spread(seconds["one by one"], times)
         print(f"{name:34} {median(times):8.3f} s  {args.batch / median(times):7.2f} answers/s  {ratio} times as fast as one by one")
+    talks = conversation(subject, lora.select([0]), turns=args.turns, prompt=args.prompt, new=args.new)
+    spent = alternate(talks, rounds=args.rounds, device=subject.device)
+    print(
+        f"a conversation of {args.turns} turns: {median(spent['kept']):.3f} s with what earlier turns computed kept, "
+        f"{median(spent['anew']):.3f} s without: {ratio_with_spread(spent['anew'], spent['kept'])} times as fast"
+    )
     limit = rates[args.batch, subject.backbone.dtype] / rates[1, subject.backbone.dtype]
     print(f"The products of a decoding step alone would allow {limit:.1f} times as many answers a second side by side.")
     print(f"peak, side by side: {peak_memory(ways['side by side'], subject.device) / 2**30:.2f} GiB")
@@ -73,6 +82,24 @@ def answering(subject: Subject, lora: LoRA, *, prompt: int, new: int) -> dict[st
         "side by side, one adapter merged": lambda: generate(merged, slice(None), None),
         "side by side, no adapter": lambda: generate(subject.backbone, slice(None), None),
     }
+
+
+def conversation(subject: Subject, lora: LoRA, *, turns: int, prompt: int, new: int) -> dict[str, Callable[[], Tensor]]:
+    """A conversation about one context: each turn adds a question and its answer, with a cache of the prompt and without."""
+    backbone = subject.backbone
+    questions = tokens(turns, prompt, backbone)
+
+    def talk(kept: PromptCache | None) -> Tensor:
+        if kept is not None:
+            kept.wear(lora)
+        said = questions[:1, :0]
+        for question in questions.split(1):
+            said = torch.cat([said, question], dim=1)
+            options = {"max_new_tokens": new, "min_new_tokens": new, "stop_ids": None, "pad_id": 0}
+            said = torch.cat([said, backbone.generate(said, torch.ones_like(said), lora=lora, cache=kept, **options)], dim=1)
+        return said
+
+    return {"kept": lambda: talk(PromptCache()), "anew": lambda: talk(None)}
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 from conftest import tiny_hypernetwork_config, tiny_model
+from generate import conversation
 from recipe import recipe_loss
-from subject import load
+from subject import load, tokens
 
 from shine.backbone import Backbone
 from shine.data.batching import collate
@@ -74,5 +75,17 @@ def test_encoding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 
 def test_answering(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    said = run("generate", ["--batch", "2", "--context", "40", "--new", "2", "--prompt", "8"], monkeypatch, capsys)
+    said = run("generate", ["--batch", "2", "--context", "40", "--new", "2", "--prompt", "8", "--turns", "3"], monkeypatch, capsys)
     assert said.count("answers/s") == 5
+    assert re.search(r"a conversation of 3 turns: [\d.]+ s with what earlier turns computed kept, [\d.]+ s without", said)
+
+
+def test_both_conversations_say_the_same() -> None:
+    """What is kept of the prompt changes the time alone."""
+    subject = load("cpu-world", device="cpu")
+    with torch.inference_mode():
+        lora = subject.hypernetwork(subject.backbone, tokens(1, 40, subject.backbone), None)
+    talks = conversation(subject, lora, turns=3, prompt=8, new=4)
+    kept, anew = (talks[name]() for name in ("kept", "anew"))
+    assert kept.shape == (1, 3 * (8 + 4))
+    assert torch.equal(kept, anew)
