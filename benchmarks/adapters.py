@@ -27,8 +27,8 @@ from shine.backbone import Backbone
 from shine.config import BackboneConfig, HypernetworkConfig, TaskTokens
 from shine.flops import adapter_parameters
 from shine.hypernetwork import Hypernetwork
+from shine.loading import load_backbone
 from shine.model import Shine
-from shine.zoo import load_backbone
 
 TOKENS = 1024
 RUN = [("cpu-world", 2), *(("smollm2-135m", rank) for rank in (3, 6, 12)), ("Qwen3-0.6B", 8)]

@@ -27,11 +27,13 @@ from shine.data.build import build_samples
 from shine.data.samples import StageSamples
 from shine.data.worlds import World
 from shine.hypernetwork import Hypernetwork
+from shine.loading import load_backbone
+from shine.pretrained import load_tokenizer
 from shine.training.distributed import Ranks
 from shine.training.guard import Guard
 from shine.training.optimizer import build_optimizer
 from shine.training.step import training_step
-from shine.zoo import load_backbone, load_tokenizer, resolve
+from shine.zoo import resolve
 
 TASKS = TaskTokens(reconstruct="<filename>", complete="<repo_name>", nothing="<empty_output>")
 STEPS = 20

@@ -28,7 +28,8 @@ from shine.data.tally import Tally
 from shine.evaluation import qa
 from shine.evaluation.methods import Method, Shine, Speaker
 from shine.hypernetwork import Hypernetwork
-from shine.zoo import load_backbone, without_progress_bars
+from shine.loading import load_backbone
+from shine.pretrained import without_progress_bars
 
 
 class Runner:

@@ -34,7 +34,8 @@ from torch.nn import functional as F
 
 from shine.backbone import Backbone
 from shine.config import EvaluationConfig, parse
-from shine.zoo import load_backbone, without_progress_bars
+from shine.loading import load_backbone
+from shine.pretrained import without_progress_bars
 
 T = TypeVar("T")
 COPIED = 1 << 28

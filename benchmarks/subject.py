@@ -20,7 +20,9 @@ from shine.chat import IGNORE
 from shine.config import HypernetworkConfig, TrainConfig
 from shine.data.samples import Sample
 from shine.hypernetwork import Hypernetwork
-from shine.zoo import find_device, load_model, resolve, without_progress_bars
+from shine.loading import find_device
+from shine.pretrained import load_model, without_progress_bars
+from shine.zoo import resolve
 
 EXPERIMENTS = {"smollm2-135m": "smollm2", "cpu-world": "cpu_world"}
 """Models with weights, and the experiment whose hypernetwork they get."""

@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from shine.chat import Conversation
     from shine.lora import LoRA
     from shine.model import Shine
+    from shine.store import Store
 
-__all__ = ["Conversation", "LoRA", "Shine", "__version__"]
+__all__ = ["Conversation", "LoRA", "Shine", "Store", "__version__"]
 __version__ = "0.1.0"
 
-_HOMES = {"Conversation": "shine.chat", "LoRA": "shine.lora", "Shine": "shine.model"}
+_HOMES = {"Conversation": "shine.chat", "LoRA": "shine.lora", "Shine": "shine.model", "Store": "shine.store"}
 
 
 def __getattr__(name: str) -> Any:

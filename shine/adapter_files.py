@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shine.config import parse
-from shine.files import may_replace, written_beside
+from shine.files import may_replace, restore, written_beside
 from shine.provenance import Provenance
 
 FORMAT = 1
@@ -62,6 +62,7 @@ def read_provenance(directory: Path) -> tuple[Provenance, ...]:
     Raises:
         ValueError: there is no adapter, or it is of a newer format, or its record is damaged.
     """
+    restore(directory)
     file = directory / CONFIG_FILE
     if not file.is_file():
         hint = "a PEFT folder, which SHINE writes but does not read" if (directory / "adapter_config.json").exists() else None

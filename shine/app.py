@@ -112,7 +112,8 @@ class Page:
         if session.archive is not None:
             shutil.rmtree(session.archive.parent, ignore_errors=True)
         session.archive = Path(archive)
-        return gr.DownloadButton(value=archive, interactive=True)
+        at = "" if strength == 1 else f" at strength {strength:g}"
+        return gr.DownloadButton(f"Download the adapter{at}", value=archive, interactive=True)
 
     def ask(self, session: Session, question: str, strength: float) -> Iterator[tuple[Any, ...]]:
         """Put a question to the three methods: the session, the box and each conversation, as answers come."""

@@ -20,6 +20,7 @@ from torch import Tensor
 import shine
 from shine.backbone import Backbone
 from shine.config import BackboneConfig, HypernetworkConfig, parse
+from shine.files import restore
 from shine.fingerprint import Fingerprint
 from shine.hub import download, hub_id
 from shine.hypernetwork import Hypernetwork
@@ -39,7 +40,7 @@ class CheckpointInfo:
         stages: those behind it, oldest first.
         fingerprint: of the backbone it was trained on; ``None`` in checkpoints of format 1.
         revision: the hub's commit of that backbone, where it came from there.
-        variant: what was done to its weights, where something was: see `shine.zoo.variant_name`.
+        variant: what was done to its weights, where something was: see `shine.loading.variant_name`.
         context_length: most tokens of a context in the last stage; ``None`` in checkpoints that were written before this was kept.
     """
 
@@ -64,6 +65,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if (remote := hub_id(path)) is not None:
         return download(remote)
     path = Path(path).expanduser()
+    for place in (path, path / "final"):
+        restore(place)
     if not path.is_dir():
         raise ValueError(f"{path}: no such checkpoint directory; train the stage that makes it, or download it")
     if (path / CONFIG_FILE).exists() or is_released(path):
@@ -170,7 +173,7 @@ def load_hypernetwork(path: str | Path, backbone: Backbone, *, config: Hypernetw
     tensors = read_weights(directory)
     remedy = "set the ranks, depth and targets it was trained with"
     if info is not None:
-        remedy = f"it was trained on backbone {info.backbone.path}: set backbone=... or backbone.path=... to that model"
+        remedy = f"it was trained on backbone {info.backbone.path}: set backbone=... to that model"
     _check_shapes(hypernetwork, tensors, directory, remedy=remedy)
     hypernetwork.load_state_dict(tensors)
     return hypernetwork.to(backbone.device)
@@ -200,7 +203,7 @@ def check_backbone(path: str | Path, *, config: BackboneConfig, found: Fingerpri
     if info.fingerprint is not None and info.fingerprint != found:
         both = f"{trained} (fingerprint {info.fingerprint}), and {config.path} is another ({found})"
         if not found.is_variant_of(info.fingerprint):
-            raise ValueError(f"{both}: set backbone=... or backbone.path=... to the model it was trained on")
+            raise ValueError(f"{both}: set backbone=... to the model it was trained on")
         if not config.allow_variant:
             raise ValueError(
                 f"{both}: the same architecture and vocabulary with other weights, quantised, dequantised or tuned; use the one "

@@ -29,11 +29,14 @@ from shine.config import BackboneConfig, HypernetworkConfig
 from shine.fingerprint import Fingerprint, fingerprint, hypernetwork_fingerprint
 from shine.hub import HubId, download
 from shine.hypernetwork import Hypernetwork
+from shine.loading import load_backbone
 from shine.lora import LoRA
+from shine.pieces import how_many
+from shine.pretrained import without_progress_bars
 from shine.prompt_cache import PromptCache
 from shine.provenance import ContextRecord, ModelRecord, Provenance, sha256
 from shine.reading import Reader
-from shine.zoo import ASSETS, load_backbone, looks_like_hub_id, without_progress_bars
+from shine.zoo import ASSETS, looks_like_hub_id
 
 SHIPPED_HYPERNETWORKS = {"cpu-world": ASSETS / "cpu-world" / "hypernetwork"}
 NOTHING_SAID = Conversation()
@@ -96,8 +99,9 @@ class Shine:
         shape = info.hypernetwork if info is not None else hypernetwork or HypernetworkConfig()
         with without_progress_bars():
             held, tokenizer = load_backbone(config, targets=shape.targets)
-        loaded = load_hypernetwork(directory, held, config=hypernetwork).eval().requires_grad_(False)
+        # First, since it says in one line what would show as a hundred tensors that do not fit.
         check_backbone(directory, config=config, found=fingerprint(held.model, tokenizer))
+        loaded = load_hypernetwork(directory, held, config=hypernetwork).eval().requires_grad_(False)
         length = context_length or (info.context_length if info is not None else None) or CONTEXT_LENGTH
         return cls(held, tokenizer, loaded, config, str(path), length)
 
@@ -112,7 +116,7 @@ class Shine:
         max_rank: int | None = None,
         batch_size: int = 8,
         keep_text: bool = False,
-        progress: Callable[[int], object] | None = None,
+        progress: Callable[[int, int], object] | None = None,
     ) -> LoRA:
         """Read each context once and write it into a LoRA.
 
@@ -128,7 +132,7 @@ class Shine:
             overlap: tokens that two neighbouring pieces may share, see `shine.pieces.pieces`.
             max_rank: reduce the sum to the nearest update of this rank; the provenance says what share of it is kept.
             keep_text: keep the texts in the provenance, not only their hashes.
-            progress: told how many pieces have been read, each time.
+            progress: told how many pieces have been read, each time, and of about how many.
 
         Returns:
             A LoRA of batch one for a text, of batch ``B`` for ``B`` texts; ``lora.select([i])`` takes one of them.
@@ -142,12 +146,15 @@ class Shine:
         tokens = [token_ids(self.tokenizer, text) for text in texts]
         lengths = [len(ids) for ids in tokens]
         cut = [min(length, self.context_length) if long == "cut" else length for length in lengths]
-        reader = Reader(self.hypernetwork, self.backbone, self.tokenizer, self.context_length, batch_size, max_rank, progress)
+        about = sum(how_many(length, limit=self.context_length, overlap=overlap) for length in cut)
+        reader = Reader(
+            self.hypernetwork, self.backbone, self.tokenizer, self.context_length, batch_size, max_rank, progress, about
+        )
+        rows = [ids[:length] for ids, length in zip(tokens, cut, strict=True)]
         if max(cut) <= self.context_length and (max_rank is None or max_rank >= self.hypernetwork.config.rank):
-            rows = [ids[:length] for ids, length in zip(tokens, cut, strict=True)]
             found = [(lora, 1, 1.0) for lora in reader.each(rows)]
         else:
-            found = [reader.whole(text, length, overlap=overlap) for text, length in zip(texts, cut, strict=True)]
+            found = [reader.whole(text, row, overlap=overlap) for text, row in zip(texts, rows, strict=True)]
         if len({lora.rank for lora, _, _ in found}) > 1:
             raise ValueError("these contexts need different ranks, since some are longer: encode each by itself, or set max_rank")
         records = [
@@ -341,7 +348,8 @@ def _backbone_config(path: str, recorded: BackboneConfig | None, asked: str | Ba
     if isinstance(asked, BackboneConfig):
         return asked
     if recorded is not None:
-        return recorded if asked is None else replace(recorded, path=asked)
+        # How it attends is a matter of where it runs, not of what was trained.
+        return replace(recorded, path=recorded.path if asked is None else asked, attention="auto")
     if asked is None:
         raise ValueError(f"{path}: a released checkpoint does not say which backbone it is for: give backbone=...")
     return BackboneConfig(path=asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -93,6 +94,15 @@ def pieces(tokenizer: PreTrainedTokenizerBase, text: str, *, limit: int, overlap
                 # What was to be said again leaves no room for the next sentence.
                 waiting.appendleft(unit)
                 total -= held.popleft()[1]
+
+
+def how_many(tokens: int, *, limit: int, overlap: int | None = None) -> int:
+    """About how many pieces `pieces` makes of a text of so many tokens.
+
+    Sentences do not fill a piece to its end, and no more than whole ones are said again.
+    """
+    shared = limit // OVERLAP if overlap is None else overlap
+    return 1 if tokens <= limit else math.ceil(tokens / max(limit - shared, 1))
 
 
 def _joined(held: Iterable[tuple[str, int]]) -> str:

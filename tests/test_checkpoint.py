@@ -377,48 +377,6 @@ def test_a_malicious_pickle_is_refused_and_never_run(tmp_path: Path, name: str, 
     assert not (tmp_path / "harm").exists()
 
 
-# --- written beside --------------------------------------------------------------------------------------------------------
-
-
-def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "run" / "step-1"
-    with written_beside(target) as folder:
-        (folder / "one").write_text("1")
-        assert not target.exists()
-        assert folder.parent == target.parent  # so that renaming it is one operation of one file system
-    assert [file.name for file in target.iterdir()] == ["one"]
-    assert [child.name for child in target.parent.iterdir()] == ["step-1"]
-
-
-def write_and_fail(target: Path, name: str, fault: type[BaseException]) -> None:
-    with written_beside(target) as folder:
-        (folder / name).write_text(name)
-        raise fault
-
-
-@pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt])
-def test_an_exception_leaves_nothing_half_written_and_the_old_folder_whole(tmp_path: Path, fault: type[BaseException]) -> None:
-    target = tmp_path / "step-1"
-    with pytest.raises(fault):
-        write_and_fail(target, "one", fault)
-    assert list(tmp_path.iterdir()) == []
-
-    with written_beside(target) as folder:
-        (folder / "old").write_text("old")
-    with pytest.raises(fault):
-        write_and_fail(target, "new", fault)
-    assert [child.name for child in tmp_path.iterdir()] == ["step-1"]
-    assert [(file.name, file.read_text()) for file in target.iterdir()] == [("old", "old")]
-
-
-def test_an_old_folder_is_replaced_not_mixed(tmp_path: Path) -> None:
-    target = tmp_path / "final"
-    for name in ("old", "new"):
-        with written_beside(target) as folder:
-            (folder / name).write_text(name)
-    assert [file.name for file in target.iterdir()] == ["new"]
-
-
 def test_the_info_of_another_stage_is_told_apart(tmp_path: Path, hypernetwork: Hypernetwork) -> None:
     for stages in ((), ("pretrain",)):
         info = replace(INFO, stages=stages)

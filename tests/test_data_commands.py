@@ -14,7 +14,8 @@ from shine.cli.sources import parse_source
 from shine.config import SourceConfig
 from shine.data.stories import Story
 from shine.data.worlds import World
-from shine.zoo import load_tokenizer, resolve
+from shine.pretrained import load_tokenizer
+from shine.zoo import resolve
 
 
 @pytest.mark.parametrize(

@@ -86,11 +86,18 @@ def test_the_table_is_what_its_program_computes() -> None:
     assert adapters.table([adapters.computed("Qwen3-0.6B", 16)]).splitlines()[-1] in text.splitlines()
 
 
-@pytest.mark.parametrize(("page", "printed"), [("README.md", ""), ("docs/adapters.md", "Selkirk")])
+@pytest.mark.parametrize(
+    ("page", "number", "printed"),
+    [
+        ("README.md", 1, ""),
+        ("docs/adapters.md", 1, "Selkirk"),
+        ("docs/adapters.md", 2, "[('notes', 2, None), ('people', 1, None)]\n4\n"),
+    ],
+)
 def test_the_python_of_the_pages_runs(
-    page: str, printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str, number: int, printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = (ROOT / page).read_text().split("```python\n", 1)[1].split("```", 1)[0]
+    code = (ROOT / page).read_text().split("```python\n")[number].split("```", 1)[0]
     monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {})
     assert capsys.readouterr().out.startswith(printed)

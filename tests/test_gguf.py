@@ -17,7 +17,7 @@ from conftest import ARCHITECTURES, tiny_model
 from torch import Tensor
 from transformers import MistralConfig
 
-from shine import zoo
+from shine import loading, zoo
 from shine.backbone import Backbone
 from shine.chat import Message, encode_conversation, encode_prompt, stop_ids
 from shine.config import BackboneConfig, TaskTokens
@@ -338,7 +338,7 @@ def test_smollm2_in_llama_cpp_answers_as_ours_does(
 
     tokens = TaskTokens("<issue_start>", "<issue_comment>", "<issue_closed>")
     config = BackboneConfig(path="smollm2-135m", dtype="float32", device="cpu", task_tokens=tokens)
-    backbone, tokenizer = zoo.load_backbone(config, targets=("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"))
+    backbone, tokenizer = loading.load_backbone(config, targets=("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"))
     base = zoo.fetch_gguf("smollm2-135m", tmp_path_factory.mktemp("gguf"))
     question = [Message("user", FACT[0])]
     encoded = encode_conversation(tokenizer, [*question, Message("assistant", FACT[1])])

@@ -345,7 +345,8 @@ MEASURE = """
 import json, resource, sys, time
 from shine.config import SourceConfig, StageConfig, TaskTokens
 from shine.data.build import build_samples, samples_of
-from shine.zoo import load_tokenizer, resolve
+from shine.pretrained import load_tokenizer
+from shine.zoo import resolve
 
 tokenizer = load_tokenizer(resolve("cpu-world"))
 stage = StageConfig("pretrain", 1141, 1150, learning_rate=1e-4, warmup_steps=0)

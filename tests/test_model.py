@@ -164,6 +164,26 @@ def test_two_threads_may_encode_while_others_answer(tiny: Shine) -> None:
     assert all(same(found[index], wanted[index]) for index in range(12))
 
 
+@pytest.mark.parametrize("options", [{}, {"long": "cut"}, {"max_rank": 1}])
+def test_a_text_is_tokenised_whole_once_and_its_pieces_are_counted(
+    world: Shine, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    text = " ".join(example.context for example in EXAMPLES)
+    kind, seen, told = type(world.tokenizer), [], []
+
+    def counted(tokenizer: Any, given: Any, *, real: Any = kind.__call__, **more: Any) -> Any:
+        seen.append(given)
+        return real(tokenizer, given, **more)
+
+    monkeypatch.setattr(kind, "__call__", counted)
+    lora = world.encode(text, batch_size=2, progress=lambda done, about: told.append((done, about)), **options)
+    assert seen.count(text) == 1
+    pieces = lora.provenance[0][0].context.pieces
+    assert (pieces > 3) == (options.get("long") != "cut")
+    assert [done for done, _ in told] == [*range(2, pieces, 2), pieces]
+    assert all(max(done, pieces / 2) <= about < 2 * pieces for done, about in told)
+
+
 # --- loading ---------------------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +197,13 @@ def test_a_checkpoint_of_ours_comes_back_with_its_backbone(tiny: Shine, tmp_path
         Shine.from_pretrained(tmp_path / "final", device="cpu")
     other = Shine.from_pretrained(tmp_path, backbone=str(moved), device="cpu", dtype="float64", context_length=12)
     assert (other.backbone.dtype, other.context_length) == (torch.float64, 12)
+
+
+def test_a_checkpoint_is_not_bound_to_the_attention_it_was_trained_with(tiny: Shine, tmp_path: Path) -> None:
+    trained = replace(tiny, config=replace(tiny.config, attention="flash_attention_2"))
+    loaded = Shine.from_pretrained(saved(trained, tmp_path / "final"), device="cpu")
+    assert loaded.config.attention == "auto"
+    assert same(loaded.encode("some text"), tiny.encode("some text"))
 
 
 def test_a_released_checkpoint_needs_to_be_told_its_backbone() -> None:

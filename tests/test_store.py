@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shine.lora import LoRA
+from shine import LoRA, Store
 from shine.provenance import ContextRecord, ModelRecord, Provenance, sha256
-from shine.store import Store
 
 
 def adapter(text: str, *, rank: int = 2, seed: int | None = None) -> LoRA:
@@ -97,10 +96,55 @@ def test_what_cannot_be_done_is_said(store: Store, tmp_path: Path) -> None:
     assert names(store.folder) == ["notes/1/config.json", "notes/1/lora.safetensors"]
 
 
-def test_what_was_half_written_is_no_version(store: Store) -> None:
+@pytest.mark.parametrize("spoil", ["config.json", "lora.safetensors"])
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_damaged_adapter_hides_no_other_and_can_be_replaced_or_forgotten(store: Store, spoil: str, gone: bool) -> None:
+    for name in ("a", "b", "c"):
+        store.add(name, adapter(name))
+    file = store.folder / "b" / "1" / spoil
+    if gone:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-20])
+    first, damaged, last = store.list()
+    assert [(entry.name, entry.provenance[0].context.name) for entry in (first, last)] == [("a", "a"), ("c", "c")]
+    assert (damaged.name, damaged.version, damaged.provenance, first.damage) == ("b", 1, (), None)
+    assert damaged.damage is not None
+    assert "b/1" in damaged.damage
+    with pytest.raises(ValueError, match="b/1"):
+        store.load("b")
+    assert store.compose(["a", "c"]).rank == 4
+    # The same text again, which would change nothing if its adapter were whole.
+    assert store.update("b", adapter("b")).version == 2
+    assert [entry.damage for entry in store.list()] == [None, None, None]
+    (store.folder / "c" / "1" / spoil).unlink()
+    store.forget("c")
+    assert [entry.name for entry in store.list()] == ["a", "b"]
+
+
+def test_what_was_half_written_is_no_version_and_goes_with_the_next_write(store: Store) -> None:
     store.add("notes", adapter("a"))
     (store.folder / "notes" / ".2.77.partial").mkdir()
     assert store.entry("notes").version == 1
+    store.update("notes", adapter("bb"))
+    assert sorted(child.name for child in (store.folder / "notes").iterdir()) == ["1", "2"]
+
+
+def test_a_process_that_is_stopped_while_it_forgets_leaves_no_half(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.add("notes", adapter("a"))
+    store.add("other", adapter("bb"))
+
+    def stopped(folder: Path) -> None:
+        (folder / "1" / "config.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            store.forget("notes")
+    assert [(entry.name, entry.damage) for entry in store.list()] == [("other", None)]
+    store.add("notes", adapter("ccc"))
+    assert sorted(child.name for child in store.folder.iterdir()) == [".lock", "notes", "other"]
 
 
 def test_writers_at_once_take_turns(store: Store) -> None:

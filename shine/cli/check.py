@@ -31,9 +31,10 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
         description=(
             "Hold a word that the text uses only once out of each of its sentences, and see whether the model finds it among\n"
             "words held out elsewhere in the same text, with the adapter and without. This shows whether what the text says is\n"
-            "in the adapter, not only how it sounds; it does not show how well questions are answered.\n"
-            "Exit code 0: the adapter knows its text better than chance explains (sign test, 5 %); 1: it does not; 2: an error."
+            "in the adapter, not only how it sounds; it does not show how well questions are answered. An adapter knows its text\n"
+            "that finds more than chance explains (sign test, 5 %)."
         ),
+        code_1="it cannot be told from chance",
         examples="""
 shine check notes.txt --model cpu-world
 shine check notes.txt --adapter adapters/notes --model cpu-world --json

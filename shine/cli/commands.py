@@ -10,16 +10,32 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 """The configurations beside the package; they are not installed with it."""
 
 
-def add_command(
-    commands: Commands[argparse.ArgumentParser], name: str, *, help: str, description: str, examples: str
-) -> argparse.ArgumentParser:
-    """A subcommand whose ``--help`` ends with examples, a command a line."""
+def closing(examples: str, *, code_1: str | None = None) -> str:
+    """What a ``--help`` ends with: examples, a command a line, and the exit codes.
+
+    Args:
+        code_1: what exit code 1 says, where there is one.
+    """
     lines = "\n".join(f"  {line}" if line else "" for line in examples.strip().splitlines())
+    codes = ["0 done", *([] if code_1 is None else [f"1 {code_1}"]), "2 refused, with one line why", "130 Ctrl-C", "143 SIGTERM"]
+    return f"examples:\n{lines}\n\nexit codes: {'; '.join(codes)}"
+
+
+def add_command(
+    commands: Commands[argparse.ArgumentParser],
+    name: str,
+    *,
+    help: str,
+    description: str,
+    examples: str,
+    code_1: str | None = None,
+) -> argparse.ArgumentParser:
+    """A subcommand whose ``--help`` ends with examples and exit codes, see `closing`."""
     return commands.add_parser(
         name,
         help=help,
         description=description,
-        epilog=f"examples:\n{lines}",
+        epilog=closing(examples, code_1=code_1),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

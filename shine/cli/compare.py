@@ -42,7 +42,7 @@ shine compare checkpoints/old checkpoints/new --context notes.txt --question "Wh
     parser.add_argument("--context", metavar="TEXT", help="a file that both checkpoints read")
     parser.add_argument("-q", "--question", action="append", default=[], metavar="Q", help="ask both; may be repeated")
     parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="longest answer (default: 64)")
-    add_document_options(parser, required=False)
+    add_document_options(parser)
     parser.set_defaults(run=_compare)
 
 
@@ -50,8 +50,6 @@ def _compare(args: argparse.Namespace) -> None:
     if args.context is None:
         from shine.lora import LoRA
 
-        if args.question and args.model is None:
-            raise ValueError("questions to two adapters need --model, whose backbone answers")
         loras = [LoRA.load(args.a), LoRA.load(args.b)]
         shine = load_shine(args) if args.question else None
         answers = [[_answer(shine, lora, question, args) for question in args.question] for lora in loras]

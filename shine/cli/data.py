@@ -81,9 +81,9 @@ def _add_check(commands: Commands[argparse.ArgumentParser]) -> None:
         description=(
             "Report each context to be scored that training holds, whole or nearly: at least the threshold of its runs of four\n"
             "words in one training context. What is learned is a run (the words after train.py, or the folder of one that was\n"
-            "started; scored are its data.validation and data.test), or sources named by hand. Contexts are looked at uncut.\n"
-            "Exit code 1 where one was found, 2 after an error."
+            "started; scored are its data.validation and data.test), or sources named by hand. Contexts are looked at uncut."
         ),
+        code_1="some were found",
         examples=(
             "shine data check experiment=qwen3-8b stage=mqa\n"
             "shine data check stage=1qa data.train.collection.path=data/mine.json --test musique:data/musique,split=validation\n"

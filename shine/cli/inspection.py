@@ -25,7 +25,8 @@ from shine.data.histograms import Lengths, draw_lengths
 from shine.data.samples import Sample, StageSamples
 from shine.data.sources import read_named
 from shine.data.tally import Tally
-from shine.zoo import load_tokenizer, resolve
+from shine.pretrained import load_tokenizer
+from shine.zoo import resolve
 
 ABOUT = 1200
 """Characters of a context that are printed."""

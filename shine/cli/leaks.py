@@ -117,7 +117,8 @@ def _counter(backbone: str) -> Callable[[str], int]:
     @cache
     def loaded() -> Callable[[str], int]:
         from shine.chat import token_counter
-        from shine.zoo import load_tokenizer, resolve
+        from shine.pretrained import load_tokenizer
+        from shine.zoo import resolve
 
         return token_counter(load_tokenizer(resolve(backbone)))
 

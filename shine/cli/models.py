@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,22 +22,22 @@ if TYPE_CHECKING:
     from shine.model import Shine
 
 
-def add_document_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """What a command needs that encodes documents: ``--json``, the model (which may be left out unless ``required``), reading."""
+def add_document_options(parser: argparse.ArgumentParser) -> None:
+    """What a command needs that encodes documents: ``--json``, the model, reading."""
     add_json_option(parser)
-    add_model_options(parser, required=required)
+    add_model_options(parser)
     add_reading_options(parser)
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which hypernetwork and backbone, and how they are held."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m",
         "--model",
-        required=required,
         metavar="CHECKPOINT",
-        help="the hypernetwork: a checkpoint folder, a hub id, or cpu-world, which is shipped and reads invented worlds",
+        help="the hypernetwork: a checkpoint folder, a hub id, or cpu-world, which is shipped and reads invented worlds; "
+        "default: SHINE_MODEL in the environment",
     )
     group.add_argument("--backbone", metavar="MODEL", help="where the backbone lies, if not where the checkpoint says")
     group.add_argument("--device", default="auto", help="auto (CUDA where there is some), cpu, cuda, cuda:N")
@@ -98,12 +100,37 @@ def seconds(text: str) -> float:
     return number
 
 
+_FLAGS = (
+    ("device", r"backbone\.device=", "--device "),
+    ("backbone", r"((set|give) )?backbone(\.path)?=\.\.\.( to)?", "give --backbone"),
+    ("backbone", r"set backbone\.path=", "give --backbone "),
+    ("allow_variant", r"backbone\.allow_variant=true in a configuration, --allow-variant on .*", "--allow-variant"),
+    ("allow_variant", r"allow_variant=True", "--allow-variant"),
+)
+"""An option, how a configuration or Python says it, and how the command line does."""
+
+
+def in_flags(message: str, args: argparse.Namespace) -> str:
+    """A refusal from below, where nothing is known of commands, in the words of one with these options."""
+    for option, said, flag in _FLAGS:
+        if option in args:
+            message = re.sub(said, flag, message)
+    return message
+
+
 def load_shine(args: argparse.Namespace) -> Shine:
-    """The models that the options name."""
+    """The models that the options name, or else the environment.
+
+    Raises:
+        ValueError: no hypernetwork is named, or what is named cannot be loaded.
+    """
+    name = args.model or os.environ.get("SHINE_MODEL")
+    if not name:
+        raise ValueError("say which hypernetwork: --model CHECKPOINT, or SHINE_MODEL in the environment; cpu-world is shipped")
     from shine.model import Shine
 
     return Shine.from_pretrained(
-        args.model,
+        name,
         backbone=args.backbone,
         device=args.device,
         dtype=args.dtype,
@@ -114,7 +141,7 @@ def load_shine(args: argparse.Namespace) -> Shine:
 
 def encode_document(shine: Shine, document: Document, args: argparse.Namespace, *, keep_text: bool = False) -> LoRA:
     """The adapter of one document; what was cut or added up is said on standard error."""
-    with _counted(shine, document, args) as progress:
+    with _counted(document) as progress:
         lora = shine.encode(
             document.text,
             names=[document.name],
@@ -201,24 +228,16 @@ def write_format(lora: LoRA, folder: Path, args: argparse.Namespace, *, backbone
 
 
 @contextmanager
-def _counted(shine: Shine, document: Document, args: argparse.Namespace) -> Iterator[Any]:
+def _counted(document: Document) -> Iterator[Callable[[int, int], object] | None]:
     """Tells how many pieces were read, on one line of the terminal; nothing where there is none."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
 
-    from shine.chat import token_ids
-    from shine.pieces import OVERLAP
-
     said = f"reading {document.name}"
     with Console(stderr=True).status(said) as status:
-        length = shine.context_length
-        shared = length // OVERLAP if args.overlap is None else args.overlap
-        tokens = len(token_ids(shine.tokenizer, document.text))
-        # Sentences do not fill a piece to its end, and no more than whole ones are said again.
-        total = 1 if args.cut or tokens <= length else math.ceil(tokens / max(length - shared, 1))
-        yield lambda done: status.update(f"{said}: {done:,} of about {max(total, done):,} pieces")
+        yield lambda done, about: status.update(f"{said}: {done:,} of about {about:,} pieces")
 
 
 def read_inputs(paths: Sequence[str], args: argparse.Namespace) -> list[Document]:

@@ -47,7 +47,15 @@ shine serve-adapter unregister notes-5f0c2a9e41 --engine vllm
 """,
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    register = _add_action(actions, "register", "encode a text, or take an adapter, and register it", _register)
+    register = _add_action(
+        actions,
+        "register",
+        "encode a text, or take an adapter, and register it",
+        _register,
+        "shine serve-adapter register notes.txt --model checkpoints/mine/train --engine vllm --output /srv/adapters\n"
+        "shine serve-adapter register --adapter adapters/notes --engine vllm --output /mnt/adapters --mounted-as /srv/adapters\n"
+        "shine serve-adapter register notes.txt --model checkpoints/mine/train --engine sglang --from-tensors",
+    )
     register.add_argument("text", nargs="?", metavar="TEXT", help="a file, or - for standard input")
     register.add_argument("--adapter", metavar="FOLDER", help="register this one, which `shine encode` wrote")
     register.add_argument("-o", "--output", metavar="FOLDER", help="where the PEFT folder is written, below a name of its own")
@@ -57,10 +65,28 @@ shine serve-adapter unregister notes-5f0c2a9e41 --engine vllm
     register.add_argument("--name", help="instead of the text's name and a hash of the weights")
     register.add_argument("--server-rank", type=positive, metavar="N", help="the largest rank it was started with")
     add_strength_option(register)
-    add_document_options(register, required=False)
-    listing = _add_action(actions, "list", "say what the server has", _list)
-    ask = _add_action(actions, "ask", "ask the model that wears an adapter", _ask)
-    unregister = _add_action(actions, "unregister", "take an adapter away; its folder stays", _unregister)
+    add_document_options(register)
+    listing = _add_action(
+        actions,
+        "list",
+        "say what the server has",
+        _list,
+        "shine serve-adapter list --engine vllm\nshine serve-adapter list --engine sglang --server http://gpu7:30000 --json",
+    )
+    ask = _add_action(
+        actions,
+        "ask",
+        "ask the model that wears an adapter",
+        _ask,
+        'shine serve-adapter ask notes-5f0c2a9e41 --engine vllm --question "Where does Zoran live?"',
+    )
+    unregister = _add_action(
+        actions,
+        "unregister",
+        "take an adapter away; its folder stays",
+        _unregister,
+        "shine serve-adapter unregister notes-5f0c2a9e41 --engine vllm",
+    )
     for action in (ask, unregister):
         action.add_argument("name", metavar="NAME", help="under which it was registered")
     ask.add_argument("-q", "--question", action="append", required=True, metavar="Q", help="ask this; repeat it for further turns")
@@ -69,8 +95,10 @@ shine serve-adapter unregister notes-5f0c2a9e41 --engine vllm
         add_json_option(action)
 
 
-def _add_action(actions: Commands[argparse.ArgumentParser], name: str, about: str, run: object) -> argparse.ArgumentParser:
-    action: argparse.ArgumentParser = actions.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+def _add_action(
+    actions: Commands[argparse.ArgumentParser], name: str, about: str, run: object, examples: str
+) -> argparse.ArgumentParser:
+    action = add_command(actions, name, help=about, description=f"{about[0].upper()}{about[1:]}.", examples=examples)
     group = action.add_argument_group("server")
     group.add_argument("--engine", choices=("vllm", "sglang"), required=True, help="which engine it is")
     group.add_argument("--server", metavar="URL", help="where it listens; default: port 8000 (vLLM) or 30000 (SGLang) here")
@@ -128,8 +156,6 @@ def _name(stem: str, lora: LoRA) -> str:
 
 def _encoded(document: Document, args: argparse.Namespace) -> tuple[str, LoRA, str]:
     """What to call an adapter, the adapter, and the backbone it is for."""
-    if args.model is None:
-        raise ValueError("a text is encoded by a hypernetwork: give --model CHECKPOINT")
     shine = load_shine(args)
     return Path(document.name).stem, encode_document(shine, document, args), shine.config.path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -40,27 +41,41 @@ shine store forget adapters notes
 """,
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    for name, help_text in (("add", "encode a text under a new name"), ("update", "encode a new version of a text")):
-        action = actions.add_parser(name, help=help_text, description=f"{help_text.capitalize()}.")
+    for name, about in (("add", "encode a text under a new name"), ("update", "encode a new version of a text")):
+        action = _add_action(actions, name, about, _write, f"shine store {name} adapters notes notes.txt --model cpu-world")
         _add_names(action, "name")
         action.add_argument("text", metavar="TEXT", help="a file, or - for standard input")
         add_document_options(action)
-        action.set_defaults(run=_write, action=name)
-    listing = actions.add_parser("list", help="say what is in it", description="Say what is in a store.")
+        action.set_defaults(action=name)
+    listing = _add_action(
+        actions, "list", "say what is in it", _list, "shine store list adapters\nshine store list adapters --json"
+    )
     listing.add_argument("store", metavar="STORE", help="the folder")
     add_json_option(listing)
-    listing.set_defaults(run=_list)
-    removal = "remove a context and its versions"
-    forget = actions.add_parser("forget", help=removal, description=f"{removal.capitalize()}.")
+    forget = _add_action(actions, "forget", "remove a context and its versions", _forget, "shine store forget adapters notes")
     _add_names(forget, "name")
-    forget.set_defaults(run=_forget)
-    compose = actions.add_parser("compose", help="write one adapter that holds several", description="Add up several contexts.")
+    add_json_option(forget)
+    compose = _add_action(
+        actions,
+        "compose",
+        "write one adapter that holds several, the sum of their updates",
+        _compose,
+        "shine store compose adapters notes handbook --output adapters-now --strength 0.5\n"
+        "shine store compose adapters notes handbook --output adapters-now --max-rank 8 --json",
+    )
     _add_names(compose, "names", nargs="+")
     compose.add_argument("-o", "--output", required=True, metavar="FOLDER", help="where to write")
     add_strength_option(compose)
     compose.add_argument("--max-rank", type=positive, metavar="N", help="reduce the sum to the nearest update of this rank")
     add_json_option(compose)
-    compose.set_defaults(run=_compose)
+
+
+def _add_action(
+    actions: Commands[argparse.ArgumentParser], name: str, about: str, run: object, examples: str
+) -> argparse.ArgumentParser:
+    action = add_command(actions, name, help=about, description=f"{about[0].upper()}{about[1:]}.", examples=examples)
+    action.set_defaults(run=run)
+    return action
 
 
 def _add_names(parser: argparse.ArgumentParser, name: str, *, nargs: str | None = None) -> None:
@@ -79,7 +94,7 @@ def _write(args: argparse.Namespace) -> None:
     known = {entry.name: entry for entry in store.list()}
     if args.action == "add" and args.name in known:
         raise ValueError(f"{args.name!r} is in {store.folder} already: update it, or choose another name")
-    if args.action == "update":
+    if args.action == "update" and args.name not in known:
         store.entry(args.name)
     entry = getattr(store, args.action)(args.name, encode_document(load_shine(args), documents[0], args))
     if args.json:
@@ -98,6 +113,9 @@ def _list(args: argparse.Namespace) -> None:
     from shine.store import Store
 
     entries = Store(args.store).list()
+    for entry in entries:
+        if entry.damage is not None:
+            print(f"note: {entry.name} is damaged: {entry.damage}, or forget it", file=sys.stderr)
     if args.json:
         print_json([_describe(entry) for entry in entries])
         return
@@ -114,9 +132,9 @@ def _list(args: argparse.Namespace) -> None:
         table.add_row(
             entry.name,
             str(entry.version),
-            f"{sum(span.context.tokens for span in spans):,}",
-            f"{sum(span.rank for span in spans):,}",
-            ", ".join(span.context.sha256[:12] for span in spans),
+            f"{sum(span.context.tokens for span in spans):,}" if spans else "",
+            f"{sum(span.rank for span in spans):,}" if spans else "",
+            ", ".join(span.context.sha256[:12] for span in spans) if entry.damage is None else "damaged",
             ", ".join(sorted({span.backbone.name for span in spans})),
             max((span.date for span in spans), default=""),
         )
@@ -127,7 +145,10 @@ def _forget(args: argparse.Namespace) -> None:
     from shine.store import Store
 
     Store(args.store).forget(args.name)
-    print(f"forgot {args.name}")
+    if args.json:
+        print_json({"name": args.name, "forgotten": True})
+    else:
+        print(f"forgot {args.name}")
 
 
 def _compose(args: argparse.Namespace) -> None:
@@ -147,4 +168,5 @@ def _compose(args: argparse.Namespace) -> None:
 
 def _describe(entry: Entry) -> dict[str, object]:
     contexts = [asdict(span) for span in entry.provenance]
-    return {"name": entry.name, "version": entry.version, "folder": str(entry.folder), "contexts": contexts}
+    found = {"name": entry.name, "version": entry.version, "folder": str(entry.folder), "contexts": contexts}
+    return found if entry.damage is None else {**found, "damage": entry.damage}

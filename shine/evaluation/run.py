@@ -36,10 +36,10 @@ from shine.evaluation.results import PREDICTIONS_FILE, SUMMARY_FILE, Key, Result
 from shine.evaluation.tables import answer_table, recall_table, show
 from shine.files import file_written_beside
 from shine.fingerprint import fingerprint
+from shine.loading import load_backbone
 from shine.training.distributed import Ranks, join_ranks
 from shine.training.provenance import versions
 from shine.training.reader import read_reader
-from shine.zoo import load_backbone
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 CODE = tuple(

@@ -6,6 +6,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from shine.fingerprint import Fingerprint, config_fingerprint
 from shine.lora import LoRA
+from shine.pretrained import first_line
 from shine.zoo import resolve
 
 REMEDY = "give --backbone the one it was made for"
@@ -24,9 +25,8 @@ def backbone_config(backbone: str, lora: LoRA, *, remedy: str = REMEDY) -> Pretr
     path = resolve(backbone)
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: no configuration of a model there ({reason}); {remedy}") from None
+    except Exception as error:  # what a damaged one makes transformers raise is anybody's guess
+        raise ValueError(f"{path}: no configuration of a model there ({first_line(error)}); {remedy}") from None
     found = config_fingerprint(config)
     for span in (span for spans in lora.provenance for span in spans):
         if Fingerprint.parse(span.backbone.fingerprint).config != found:

@@ -22,8 +22,9 @@ from shine.export.ranks import padded
 from shine.files import may_replace, written_beside
 from shine.fingerprint import Fingerprint, fingerprint
 from shine.lora import LoRA
+from shine.pretrained import load_model, load_tokenizer, without_progress_bars
 from shine.provenance import Provenance
-from shine.zoo import load_model, load_tokenizer, resolve, without_progress_bars
+from shine.zoo import resolve
 
 CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE, README_FILE = (
     "adapter_config.json",

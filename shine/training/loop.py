@@ -26,6 +26,8 @@ from shine.downloads import revision_of
 from shine.files import written_beside
 from shine.fingerprint import fingerprint
 from shine.hub import hub_id
+from shine.loading import find_device, load_backbone, variant_name
+from shine.pretrained import without_progress_bars
 from shine.training.distillation import Teacher
 from shine.training.distributed import Ranks, SharedRefusalError, join_ranks
 from shine.training.guard import Guard
@@ -41,7 +43,7 @@ from shine.training.state import RUN_FILE, RunState, load_state, prune, restore_
 from shine.training.step import StepResult, training_step
 from shine.training.stop import StoppedError, StopRequest, stop_requests
 from shine.training.validation import Validation
-from shine.zoo import find_device, load_backbone, resolve, variant_name, without_progress_bars
+from shine.zoo import resolve
 
 
 def train(config: TrainConfig) -> Path:

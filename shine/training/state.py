@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shine.checkpoint import CheckpointInfo, is_unfinished, save_hypernetwork
-from shine.files import written_beside
+from shine.files import moved_aside, restore, written_beside
 from shine.manifest import damage, write_manifest
 
 STATE_FILE, RUN_FILE = "training_state.pt", "run.json"
@@ -149,7 +149,10 @@ def set_aside(output: Path, *, step: int) -> list[Path]:
 
 
 def sweep(output: Path) -> None:
-    """Remove what a killed run was writing or deleting in its folder."""
+    """Remove what a killed run was writing or deleting in its folder, and give back what it was replacing."""
+    for aside, place in moved_aside(output):
+        restore(place)
+        shutil.rmtree(aside, ignore_errors=True)
     for directory in (*output.glob(".*.partial"), *output.glob(".*.deleted")):
         if directory.is_dir():
             shutil.rmtree(directory, ignore_errors=True)

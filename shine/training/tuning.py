@@ -8,13 +8,13 @@ from collections.abc import Callable
 from shine.config import TrainConfig
 from shine.data.batching import SampleStream
 from shine.data.build import build_samples
+from shine.loading import load_backbone
 from shine.lora import LoRA
 from shine.training.distributed import Ranks
 from shine.training.guard import Guard
 from shine.training.optimizer import build_optimizer, learning_rate
 from shine.training.reader import Reader, in_prompt
 from shine.training.step import training_step
-from shine.zoo import load_backbone
 
 
 def train_reader(config: TrainConfig, *, rank: int, alpha: float, say: Callable[[str], None] = print) -> LoRA:

@@ -169,7 +169,7 @@ def _file_rows(file: Path, *, kind: str, wanted: Sequence[str], needed: Sequence
     if name.endswith(".parquet"):
         return _parquet_rows(file, kind=kind, wanted=wanted, needed=needed)
     if name.endswith((".json", ".jsonl", ".ndjson")):
-        return _json_list_rows(file) if _begins_a_list(file) else _line_rows(file, _json_line, skip_blank=True)
+        return _json_list_rows(file) if _begins_a_list(file) else _json_line_rows(file)
     if name.endswith(".txt"):
         return _line_rows(file, lambda line, place: {"text": line}, skip_blank=False)
     raise ValueError(f"{file}: cannot be read; convert it to .parquet, .json, .jsonl or .txt")
@@ -195,6 +195,14 @@ def _json_list_rows(file: Path) -> Iterator[tuple[str, Any]]:
             number += 1
             place = f"{file}, item {number}"
             yield place, ValueError(f"{place}: {row}") if isinstance(row, ValueError) else row
+
+
+def _json_line_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    for number, (place, row) in enumerate(_line_rows(file, _json_line, skip_blank=True)):
+        if number == 0 and isinstance(row, ValueError):
+            # An object over several lines, or no JSON at all: mending one line would not do.
+            row = ValueError(f"{row}; as it stands the file is not a list of objects and not one object a line")
+        yield place, row
 
 
 def _line_rows(file: Path, parse: Callable[[str, str], Any], *, skip_blank: bool) -> Iterator[tuple[str, Any]]:

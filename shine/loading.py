@@ -1,0 +1,100 @@
+"""A backbone as a run wants it: found, loaded, on its device, with a tokenizer that knows the task tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from shine import attention
+from shine.backbone import Backbone
+from shine.chat import prepare_tokenizer
+from shine.config import BackboneConfig
+from shine.pretrained import first_line, load_model, load_tokenizer
+from shine.zoo import FETCHED, SHIPPED, download_command, resolve
+
+
+def load_backbone(config: BackboneConfig, *, targets: Sequence[str]) -> tuple[Backbone, PreTrainedTokenizerBase]:
+    """The frozen model on its device and its tokenizer, which knows the task tokens.
+
+    Under ``torchrun`` each rank takes the CUDA device of its ``LOCAL_RANK``.
+
+    Args:
+        config: which model, and how it is held.
+        targets: names of the linears that LoRAs touch.
+
+    Raises:
+        ValueError: the model is not there, is incomplete or corrupt, or does not fit the configuration; with the remedy.
+    """
+    device = find_device(config.device)
+    path = resolve(config.path)
+    try:
+        model = load_model(path, dtype=getattr(torch, config.dtype), attn_implementation=_attention(config.attention, device))
+        tokenizer = load_tokenizer(path)
+    except Exception as error:  # safetensors, tokenizers and transformers raise anything, bare Exception included
+        raise ValueError(f"cannot load backbone {config.path}: {first_line(error)}; {_load_remedy(config, path)}") from error
+    backbone = Backbone(model.to(device), targets=targets, activation_checkpointing=config.activation_checkpointing)
+    prepare_tokenizer(tokenizer, config.task_tokens, embedding_rows=backbone.vocabulary_size)
+    return backbone, tokenizer
+
+
+def _attention(name: str, device: torch.device) -> str:
+    attention.register()
+    if name != "auto":
+        return name
+    return attention.NAME if device.type == "cpu" else "sdpa"
+
+
+def variant_name(path: str, backbone: Backbone) -> str | None:
+    """What was done to the weights of a model since it was trained, as far as it can be known; ``None`` for nothing.
+
+    ``Q4_1, dequantised`` of a model that SHINE fetched as GGUF; the method of a model that is held quantised.
+    """
+    if path in FETCHED:
+        return f"{PurePosixPath(FETCHED[path].member).stem.rpartition('.')[2]}, dequantised"
+    quantised = getattr(backbone.model.config, "quantization_config", None)
+    if quantised is None:
+        return None
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    return f"quantised: {getattr(method, 'value', method)}"
+
+
+def _load_remedy(config: BackboneConfig, path: str) -> str:
+    if config.attention not in ("auto", "sdpa"):
+        return f"install what attention {config.attention!r} needs, or set backbone.attention=auto"
+    if config.path in FETCHED:
+        remedy = f"delete {path} and run `shine fetch {config.path}`"
+    elif config.path in SHIPPED:
+        remedy = "install SHINE again"
+    elif Path(path).is_dir():
+        remedy = f"a causal LM's config.json, safetensors and tokenizer belong there: `{download_command(path)}`"
+    else:
+        folder = f"models/{path.rsplit('/', 1)[-1]}"
+        remedy = f"check name and network, or `hf download {path} --local-dir {folder}` and set backbone.path={folder}"
+    return remedy
+
+
+def find_device(name: str) -> torch.device:
+    """The device that ``backbone.device`` means on this rank.
+
+    Raises:
+        ValueError: there is none of that name or number.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"backbone.device={name}: set it to auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"backbone.device={name}: set it to auto, cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return device
+    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise ValueError(f"backbone.device={name}: no CUDA device {index}, there are {count}: set it to cpu, or start fewer ranks")
+    return torch.device("cuda", index)
