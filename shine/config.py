@@ -70,12 +70,18 @@ class M2PConfig:
     """Depth, heads and feed-forward width of the M2P transformer; ``None`` derives heads from ``H`` and the width as ``2 H``.
 
     The states themselves always have the backbone's width ``H``, which is what makes the direct reshape into a LoRA possible.
+
+    Attributes:
+        layers_first: whether the first layer attends across backbone layers (published) or across memory tokens.
+        standardise: before the first step, measure what memory states of different contexts have in common, and from then on
+            take it off; not published, see `shine.m2p.StateStandard`.
     """
 
     layers: Positive = 4
     heads: Positive | None = None
     feed_forward: Positive | None = None
     layers_first: bool = True
+    standardise: bool = False
 
 
 @dataclass(frozen=True, config=_STRICT)

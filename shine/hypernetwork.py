@@ -79,6 +79,7 @@ class Hypernetwork(nn.Module):
             heads=config.m2p.heads or default_heads(hidden),
             feed_forward=config.m2p.feed_forward or 2 * hidden,
             layers_first=config.m2p.layers_first,
+            standardise=config.m2p.standardise,
         )
         self.to(torch.promote_types(torch.float32, backbone.dtype))
 

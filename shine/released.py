@@ -98,6 +98,8 @@ def write_released(directory: Path, weights: Mapping[str, Tensor]) -> None:
         ValueError: it touches others.
     """
     weights = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+    if any(name.startswith("m2p.standard.") for name in weights):
+        raise ValueError("the published format has no place for m2p.standardise=true: keep this hypernetwork as it is")
     layers = sorted({int(name.split(".")[2]) for name in weights if name.startswith("meta_lora.")})
     wanted = {f"meta_lora.layers.{layer}.{linear}" for layer in layers for linear in _pairs()}
     if wanted != {name for name in weights if name.startswith("meta_lora.")}:

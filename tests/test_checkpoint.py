@@ -414,6 +414,14 @@ def test_the_published_format_has_no_place_for_other_linears(tmp_path: Path) -> 
     assert not (tmp_path / "x").exists()
 
 
+def test_the_published_format_has_no_place_for_standardised_states(tmp_path: Path) -> None:
+    shape = tiny_hypernetwork_config(m2p=M2PConfig(layers=2, heads=2, standardise=True))
+    hypernetwork = Hypernetwork(shape, Backbone(tiny_model(), targets=shape.targets))
+    with pytest.raises(ValueError, match="no place for"):
+        write_released(tmp_path / "x", hypernetwork.state_dict())
+    assert not (tmp_path / "x").exists()
+
+
 def test_the_command_writes_the_published_format(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["release", str(saved), str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"

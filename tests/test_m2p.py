@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shine.m2p import M2PLayer, M2PTransformer
+from shine.m2p import M2PLayer, M2PTransformer, StateStandard
 
 HIDDEN, LAYERS, TOKENS = 12, 3, 5
 
@@ -123,6 +123,35 @@ def test_embeddings_start_at_zero_and_biases_of_the_attention_too() -> None:
     assert m2p.token_embedding.eq(0).all()
     assert all(layer.qkv.bias.eq(0).all() and layer.out.bias.eq(0).all() for layer in m2p.layers)
     assert all(layer.qkv.weight.ne(0).any() for layer in m2p.layers)
+
+
+def test_what_all_contexts_share_is_taken_off() -> None:
+    """Measured in batches; a dimension that never changes stays zero, an enormous one comes in like the others."""
+    torch.manual_seed(1)
+    states = torch.randn(40, LAYERS, TOKENS, HIDDEN, dtype=torch.float64)
+    states[..., 3] = 7.0
+    states[..., 5] = states[..., 5] * 200 + 15_000
+    standard = StateStandard(backbone_layers=LAYERS, memory_tokens=TOKENS, hidden_size=HIDDEN).double()
+    assert torch.equal(standard(states), states)
+    standard.measure(states.split(16))
+    standardised = standard(states)
+    torch.testing.assert_close(standardised.mean(0), torch.zeros(LAYERS, TOKENS, HIDDEN).double(), rtol=0, atol=1e-7)
+    spread = standardised.square().mean((0, 2)).sqrt()
+    others = [index for index in range(HIDDEN) if index != 3]
+    torch.testing.assert_close(spread[:, others], torch.ones(LAYERS, HIDDEN - 1).double(), rtol=1e-6, atol=0)
+    assert float(spread[:, 3].max()) < 1e-6
+
+
+def test_standardised_states_are_what_the_layers_see() -> None:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"backbone_layers": LAYERS, "memory_tokens": TOKENS, "layers": 2, "heads": 4, "feed_forward": 20}
+    m2p = M2PTransformer(HIDDEN, **shape, layers_first=True, standardise=True).double()
+    assert m2p.standard is not None
+    assert 0.5 < float(m2p.layer_embedding.detach().std()) < 0.9
+    m2p.standard.measure([draw_states(9)])
+    with torch.no_grad():
+        expected = by_hand(m2p, m2p.standard(draw_states()), layers_first=True)
+        torch.testing.assert_close(m2p(draw_states()), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("heads", [5, 7, 24])

@@ -182,7 +182,7 @@ def test_tensorboard_holds_every_scalar_and_the_answers(stage: str, tiny_backbon
     sets = ("reconstruct", "complete") if stage == "pretrain" else ("answers",)
     each_step = {"loss", "learning_rate", "gradient_norm", "tokens_per_second", "memory_gb", "mfu", "skipped_steps"}
     each_evaluation = {f"validation/{name}/{what}" for name in sets for what in ("loss", "perplexity", "accuracy")}
-    each_evaluation |= {"validation/adapter_cosine", "validation/adapter_effective_rank"}
+    each_evaluation |= {"validation/adapter_gap", "validation/adapter_cosine", "validation/adapter_effective_rank"}
     assert set(board.Tags()["scalars"]) == each_step | each_evaluation
     rows = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
     for name in each_step | each_evaluation:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import sharded_memory
 import torch
+from conftest import tiny_hypernetwork_config
 from processes import (
     Fault,
     call_on_ranks,
@@ -32,7 +33,7 @@ from runs import WORLDS, losses_of, stage_config, train_config
 from safetensors.torch import load_file
 
 from shine.checkpoint import WEIGHTS_FILE
-from shine.config import BackboneConfig, DataConfig, PromptConfig, ScoringConfig
+from shine.config import BackboneConfig, DataConfig, M2PConfig, PromptConfig, ScoringConfig
 from shine.manifest import damage
 from shine.training.distributed import join_ranks
 from shine.training.loop import train
@@ -50,6 +51,8 @@ def test_ranks_train_what_one_trains(size: int, dtype: Any, tolerance: float, ti
     """Twenty steps; every rank draws random weights of its own and must end with those of rank 0 all the same."""
     values = {
         "backbone": BackboneConfig(path=tiny_backbone_folder, dtype=dtype, device="cpu"),
+        # Each rank measures states under random weights of its own.
+        "hypernetwork": tiny_hypernetwork_config(m2p=M2PConfig(layers=2, heads=2, standardise=True)),
         # Put together by length too: the order is the same for any number of ranks. At five times the rate Adam turns the
         # rounding of one gradient near zero into 1.2e-5 of a float32 weight.
         "stage": stage_config("mqa", micro_batch_size=1, save_every=10, check_every=5, length_window=4, learning_rate=1e-3),
@@ -65,6 +68,7 @@ def test_sharded_trainables_train_what_whole_ones_do(tiny_backbone_folder: str, 
     """FSDP2: the same losses and weights; what two sharding ranks saved, one rank without sharding goes on from."""
     values = {
         "backbone": BackboneConfig(path=tiny_backbone_folder, dtype="float64", device="cpu", activation_checkpointing=True),
+        "hypernetwork": tiny_hypernetwork_config(m2p=M2PConfig(layers=2, heads=2, standardise=True)),
         "stage": stage_config("mqa", micro_batch_size=1, save_every=10, evaluate_every=5),
     }
     train(train_config(tiny_backbone_folder, tmp_path / "one", **values))

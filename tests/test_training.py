@@ -21,17 +21,19 @@ from runs import GOLDEN, WORLDS, losses_of, stage_config, train_config
 from safetensors.torch import load_file
 
 from shine.backbone import Backbone
-from shine.checkpoint import load_hypernetwork, read_info
+from shine.checkpoint import load_hypernetwork, read_info, read_weights
 from shine.config import BackboneConfig, DataConfig, HypernetworkConfig, M2PConfig, SourceConfig, TaskTokens, TrainConfig, parse
 from shine.data.batching import Batch, collate
 from shine.data.build import samples_of
 from shine.data.sources import read_source
+from shine.hypernetwork import Hypernetwork
 from shine.loading import load_backbone
 from shine.released import read_released
 from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE
+from shine.training.start import MEASURED_CONTEXTS
 from shine.training.state import step_directories
-from shine.training.step import label_losses
+from shine.training.step import label_losses, losses_under
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +208,7 @@ def test_validation_measures_what_it_says(tiny_backbone_folder: str, tmp_path: P
     hypernetwork = load_hypernetwork(final, backbone)
     mixed = [example for pair in zip(read_source(WORLDS), read_source(other), strict=False) for example in pair][:12]
     samples = samples_of(mixed, tokenizer, stage, task_tokens=TaskTokens(), seed=0)
-    losses, right, adapters = [], [], []
+    losses, right, adapters, batches, loras = [], [], [], [], []
     with torch.no_grad():
         for index in range(12):
             sample = samples.sample(index, epoch=0)
@@ -217,12 +219,45 @@ def test_validation_measures_what_it_says(tiny_backbone_folder: str, tmp_path: P
             right.append(correct)
             lora = hypernetwork(backbone, batch.context_ids, None)
             adapters.append(torch.cat([(a @ b).flatten() for a, b in lora.values()]))
+            batches.append(batch)
+            loras.append(lora)
+        under_another = [losses_under(loras[(index + 1) % 12], backbone, batches[index])[0] for index in range(12)]
     expected = float(torch.cat(losses).mean())
     cosines = [float(torch.cosine_similarity(x, y, dim=0)) for x, y in itertools.combinations(adapters, 2)]
     assert measured["validation/answers/loss"] == pytest.approx(expected, rel=1e-4)
     assert measured["validation/answers/perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
     assert measured["validation/answers/accuracy"] == pytest.approx(float(torch.cat(right).float().mean()), abs=1e-6)
     assert measured["validation/adapter_cosine"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-4)
+    gap = float(torch.cat(under_another).mean()) - expected
+    assert abs(gap) > 1e-4
+    assert measured["validation/adapter_gap"] == pytest.approx(gap, abs=1e-5)
+
+
+def test_a_standardising_hypernetwork_measures_its_first_contexts(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """By hand, from the run's own samples; the stage after it goes on with the same measures."""
+    shape = tiny_hypernetwork_config(m2p=M2PConfig(layers=2, heads=2, standardise=True))
+    config = train_config(
+        tiny_backbone_folder, tmp_path / "one", hypernetwork=shape, stage=stage_config(steps=1, learning_rate=1e-12)
+    )
+    final = train(config)
+    backbone, tokenizer = load_backbone(config.backbone, targets=shape.targets)
+    torch.manual_seed(config.seed)
+    start = Hypernetwork(shape, backbone)
+    samples = samples_of(read_source(WORLDS), tokenizer, config.stage, task_tokens=TaskTokens(), seed=0)
+    assert len(samples) < MEASURED_CONTEXTS
+    with torch.no_grad():
+        found = [collate([samples.sample(index, epoch=0)], pad_id=0) for index in range(len(samples))]
+        states = torch.cat([start.memory_states(backbone, batch.context_ids, None) for batch in found])
+    standard = load_hypernetwork(final, backbone).m2p.standard
+    assert standard is not None
+    torch.testing.assert_close(standard.mean, states.mean(0), rtol=1e-3, atol=1e-5)
+    spread = states.var(0, correction=0).mean(1, keepdim=True).sqrt()
+    torch.testing.assert_close(standard.gain, 1 / spread, rtol=1e-3, atol=0)
+
+    second = train(train_config(tiny_backbone_folder, tmp_path / "two", checkpoint=str(final), stage=stage_config("1qa", steps=1)))
+    later, earlier = read_weights(second), read_weights(final)
+    for name in ("m2p.standard.mean", "m2p.standard.gain"):
+        assert torch.equal(later[name], earlier[name])
 
 
 def test_lengths_are_padded_as_the_stage_says(tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,8 +141,11 @@ class _Run:
         found = fingerprint(backbone.model, tokenizer)
         if config.backbone.shard and ranks.size > 1:
             shard_backbone(backbone, ranks, find_device(config.backbone.device))
+        samples = self._build_samples()
         with ranks.together():
-            self.hypernetwork, before = start_hypernetwork(config, backbone, found=found, start=start)
+            self.hypernetwork, before = start_hypernetwork(
+                config, backbone, samples, pad_id=tokenizer.pad_token_id, found=found, start=start
+            )
             self.validation = Validation(config, backbone, tokenizer)
             self.teacher = None if stage.distillation is None else Teacher(backbone, tokenizer, stage.distillation)
         stages, revision = (*before, stage.name), revision_of(resolve(config.backbone.path))
@@ -152,7 +155,6 @@ class _Run:
         if config.engine == "fsdp" and ranks.size > 1:
             shard(self.hypernetwork, ranks)
         self.optimizer = build_optimizer(self.hypernetwork, stage)
-        samples = self._build_samples()
         self.stream = SampleStream(samples, stage.batch_size, config.seed, window=stage.length_window, ahead=True)
         self.fingerprint = samples.fingerprint
         self.total = stage.steps if stage.steps is not None else max(math.ceil(stage.epochs * len(samples) / stage.batch_size), 1)

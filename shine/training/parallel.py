@@ -59,7 +59,10 @@ def synchronised(hypernetwork: Hypernetwork, ranks: Ranks, engine: Literal["ddp"
     """The module to call in training: one whose gradients are those of all ranks."""
     if ranks.size == 1 or engine == "fsdp":
         return hypernetwork
-    return DistributedDataParallel(hypernetwork)
+    for measured in hypernetwork.buffers():
+        dist.broadcast(measured, 0)
+    # They stay as they are: nothing of them is sent again with each step.
+    return DistributedDataParallel(hypernetwork, broadcast_buffers=False)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,16 @@ from shine.checkpoint import (
     read_info,
 )
 from shine.config import TrainConfig
+from shine.data.batching import chunks, collate
+from shine.data.samples import Sample, StageSamples
 from shine.fingerprint import Fingerprint
 from shine.hypernetwork import Hypernetwork
 from shine.training.monitor import METRICS_FILE
 from shine.training.state import find_resume, step_directories
 
 FINAL = "final"
+MEASURED_CONTEXTS = 64
+"""What the means and spreads of memory states are taken from."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +95,29 @@ def holds_a_run(output: Path) -> bool:
 
 
 def start_hypernetwork(
-    config: TrainConfig, backbone: Backbone, *, found: Fingerprint, start: Start
+    config: TrainConfig, backbone: Backbone, samples: StageSamples, *, pad_id: int, found: Fingerprint, start: Start
 ) -> tuple[Hypernetwork, tuple[str, ...]]:
-    """The hypernetwork in ``start`` (see `starting_point`) and the stages behind it; a random one only where that is none."""
+    """The hypernetwork in ``start`` (see `starting_point`) and the stages behind it; a random one only where that is none.
+
+    Args:
+        samples: whose contexts a random one takes its measures from, where it is to standardise memory states.
+    """
     torch.manual_seed(config.seed)
     if start.directory is None:
-        return Hypernetwork(config.hypernetwork, backbone).to(backbone.device), ()
+        hypernetwork = Hypernetwork(config.hypernetwork, backbone).to(backbone.device)
+        if hypernetwork.m2p.standard is not None:
+            groups = chunks(_some_of(samples, seed=config.seed), config.stage.micro_batch_size)
+            batches = (collate(group, pad_id=pad_id).to(backbone.device) for group in groups)
+            with torch.no_grad():
+                states = (hypernetwork.memory_states(backbone, batch.context_ids, batch.context_mask) for batch in batches)
+                hypernetwork.m2p.standard.measure(states)
+        return hypernetwork, ()
     info = read_info(start.directory)
     hypernetwork = load_hypernetwork(start.directory, backbone, config=config.hypernetwork)
     check_backbone(start.directory, config=config.backbone, found=found)
     stages = info.stages if info is not None else ("released",)
     return hypernetwork, stages[:-1] if start.resumed else stages
+
+
+def _some_of(samples: StageSamples, *, seed: int, count: int = MEASURED_CONTEXTS) -> list[Sample]:
+    return [samples.sample(index, epoch=0) for index in random.Random(seed).sample(range(len(samples)), min(count, len(samples)))]

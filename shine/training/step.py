@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from shine.backbone import Backbone
 from shine.data.batching import Batch, chunks, collate
 from shine.data.samples import Sample
+from shine.lora import LoRA
 from shine.training.distillation import Targets, Teacher
 from shine.training.distributed import Ranks
 from shine.training.guard import Guard
@@ -43,7 +44,11 @@ def label_losses(
     Args:
         targets: what a teacher expects at the labels, of which the loss takes its share.
     """
-    lora = hypernetwork(backbone, batch.context_ids, batch.context_mask)
+    return losses_under(hypernetwork(backbone, batch.context_ids, batch.context_mask), backbone, batch, targets)
+
+
+def losses_under(lora: LoRA, backbone: Backbone, batch: Batch, targets: Targets | None = None) -> tuple[Tensor, Tensor]:
+    """`label_losses` where the adapters are there already."""
     logits = backbone.label_logits(batch.input_ids, batch.input_mask, label_positions=batch.label_positions, lora=lora)
     losses = F.cross_entropy(logits, batch.label_ids, reduction="none")
     if targets is not None:

@@ -19,7 +19,7 @@ from shine.data.sources import read_named
 from shine.hypernetwork import Hypernetwork
 from shine.lora import LoRA
 from shine.metrics import perplexity
-from shine.training.step import label_losses
+from shine.training.step import label_losses, losses_under
 
 
 class Validation:
@@ -55,7 +55,11 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, hypernetwork: Hypernetwork) -> dict[str, float]:
-        """Loss, perplexity and token accuracy of each set; mean cosine and effective rank of the adapters of different contexts."""
+        """Loss, perplexity and token accuracy of each set, and how far the adapters of different contexts differ.
+
+        That is their mean cosine, their effective rank, and the gap: the loss of a label under the adapter of another context
+        less that under its own. Zero means that the adapters hold nothing of their contexts, whatever the loss.
+        """
         results: dict[str, float] = {}
         for name, samples in self.sets.items():
             losses, correct = self._losses(hypernetwork, samples)
@@ -65,8 +69,10 @@ class Validation:
                 f"validation/{name}/perplexity": perplexity(loss),
                 f"validation/{name}/accuracy": float(correct.float().mean()),
             }
-        lora = self._adapters(hypernetwork, next(iter(self.sets.values())))
+        samples = _of_different_contexts(next(iter(self.sets.values())))
+        lora = self._adapters(hypernetwork, samples)
         if lora.batch > 1:
+            results["validation/adapter_gap"] = self._gap(samples, lora)
             cosine = lora.cosine()
             off_diagonal = cosine[~torch.eye(lora.batch, dtype=torch.bool, device=cosine.device)]
             results["validation/adapter_cosine"] = float(off_diagonal.mean())
@@ -103,12 +109,27 @@ class Validation:
         losses, correct = zip(*parts, strict=True)
         return torch.cat(losses), torch.cat(correct)
 
-    def _adapters(self, hypernetwork: Hypernetwork, samples: Sequence[Sample], *, most: int = 16) -> LoRA:
-        # One context may have many samples (1qa); different adapters can only be asked of different contexts.
-        contexts = {tuple(sample.context_ids): sample for sample in samples}
-        chosen = list(contexts.values())[:most]
-        batches = [collate(group, pad_id=self.pad_id).to(self.backbone.device) for group in chunks(chosen, self.micro_batch_size)]
+    def _adapters(self, hypernetwork: Hypernetwork, samples: Sequence[Sample]) -> LoRA:
+        batches = [collate(group, pad_id=self.pad_id).to(self.backbone.device) for group in chunks(samples, self.micro_batch_size)]
         return LoRA.stack([hypernetwork(self.backbone, batch.context_ids, batch.context_mask) for batch in batches])
+
+    def _gap(self, samples: Sequence[Sample], lora: LoRA) -> float:
+        """Mean loss of the samples' labels under their neighbours' adapters, less that under their own."""
+        means = []
+        for shift in (1, 0):
+            worn = lora.select([(index + shift) % len(samples) for index in range(len(samples))])
+            parts, start = [], 0
+            for group in chunks(samples, self.micro_batch_size):
+                batch = collate(group, pad_id=self.pad_id).to(self.backbone.device)
+                parts.append(losses_under(worn.select(range(start, start + len(group))), self.backbone, batch)[0])
+                start += len(group)
+            means.append(float(torch.cat(parts).mean()))
+        return means[0] - means[1]
+
+
+def _of_different_contexts(samples: Sequence[Sample], *, most: int = 16) -> list[Sample]:
+    """One sample of each of the first contexts: a context may have many samples (1qa), but has one adapter."""
+    return list({tuple(sample.context_ids): sample for sample in samples}.values())[:most]
 
 
 def _first_answer(sample: Sample) -> tuple[Sample, list[int]]:
