@@ -33,8 +33,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shine.backbone import Backbone
-from shine.config import EvaluationConfig, parse
+from shine.config import EvaluationConfig
 from shine.loading import load_backbone
+from shine.parsing import parse
 from shine.pretrained import without_progress_bars
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from shine.config import EvaluationConfig, TrainConfig, parse
+from shine.config import EvaluationConfig, TrainConfig
 from shine.data.examples import Example
 from shine.data.sources import read_source
 from shine.data.worlds import guess_rate
@@ -24,6 +24,7 @@ from shine.evaluation.plots import draw_report
 from shine.evaluation.results import PREDICTIONS_FILE
 from shine.evaluation.run import evaluate
 from shine.evaluation.tables import TITLES
+from shine.parsing import parse
 from shine.training.loop import train
 from shine.training.stop import StoppedError
 from shine.zoo import ASSETS

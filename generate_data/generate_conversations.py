@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from shine.cli.collect import load, token_counter
-from shine.config import parse
 from shine.data.plans import WritingConfig
 from shine.data.writing import estimate, write_conversations
+from shine.parsing import parse
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "conversations.yaml"
 

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shine.config import parse
 from shine.files import may_replace, restore, written_beside
+from shine.parsing import parse
 from shine.provenance import Provenance
 
 FORMAT = 1

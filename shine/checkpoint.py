@@ -19,11 +19,12 @@ from torch import Tensor
 
 import shine
 from shine.backbone import Backbone
-from shine.config import BackboneConfig, HypernetworkConfig, parse
+from shine.config import BackboneConfig, HypernetworkConfig
 from shine.files import restore
 from shine.fingerprint import Fingerprint
 from shine.hub import download, hub_id
 from shine.hypernetwork import Hypernetwork
+from shine.parsing import parse
 from shine.released import RELEASED_FILES, is_released, read_released
 
 FORMAT = 2

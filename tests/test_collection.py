@@ -19,11 +19,12 @@ from conftest import tiny_tokenizer
 
 from shine.cli import commands
 from shine.cli.collect import load
-from shine.config import SourceConfig, parse
+from shine.config import SourceConfig
 from shine.data.collection import build_collection, check_parts, without_parts
 from shine.data.histograms import draw_lengths
 from shine.data.plans import CollectionConfig, PartConfig
 from shine.data.sources import READERS, read_source
+from shine.parsing import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXTS = ["Abro lives in Arlow.", "Ilka keeps an owl.", 'Leif said "no"\nand left, Zoë.']

@@ -25,10 +25,9 @@ from shine.config import (
     SourceConfig,
     TaskTokens,
     TrainConfig,
-    parse,
-    unknown_key,
 )
 from shine.data.sources import READERS
+from shine.parsing import parse, unknown_key
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DOORS: dict[str, type[Any]] = {

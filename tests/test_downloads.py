@@ -21,8 +21,8 @@ from hubs import LARGE, Hub, _Handler
 from shine.checkpoint import read_info
 from shine.cli.collect import load
 from shine.cli.main import main
-from shine.config import parse
 from shine.downloads import Item, RemoteFile, size_of
+from shine.parsing import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = bytes(range(256)) * 4000

@@ -21,7 +21,7 @@ from shine.evaluation.run import CODE, evaluate
 
 PACKAGE = Path(shine.__file__).parent
 CANNOT_CHANGE_AN_ANSWER = {
-    "config": "the plan holds its values",
+    "config parsing": "the plan holds their values",
     "checkpoint fingerprint released files hub manifest": "the plan holds the weights that these read, and the backbone they found",
     "data/sources data/examples data/splits data/tally data/stories data/worlds": "the plan holds the examples that these make",
     "data/grouping data/table": "how samples to train on are laid out",

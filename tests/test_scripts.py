@@ -26,9 +26,10 @@ from runs import losses_of, stage_config, train_config
 
 from shine.checkpoint import WEIGHTS_FILE, read_info
 from shine.cli.stages import train_and_evaluate
-from shine.config import DataConfig, EvaluationConfig, HypernetworkConfig, SourceConfig, TrainConfig, parse
+from shine.config import DataConfig, EvaluationConfig, HypernetworkConfig, SourceConfig, TrainConfig
 from shine.data.samples import Sample
 from shine.manifest import damage
+from shine.parsing import parse
 from shine.training import loop
 from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE

@@ -17,9 +17,10 @@ from test_sources import parquet, shared, squad_folder
 
 from shine.chat import token_ids
 from shine.cli.main import main
-from shine.config import EvaluationConfig, parse
+from shine.config import EvaluationConfig
 from shine.evaluation.results import PREDICTIONS_FILE
 from shine.evaluation.run import evaluate
+from shine.parsing import parse
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SETS = sorted(file.stem for file in (CONFIGS / "sets").glob("*.yaml"))

@@ -22,12 +22,13 @@ from safetensors.torch import load_file
 
 from shine.backbone import Backbone
 from shine.checkpoint import load_hypernetwork, read_info, read_weights
-from shine.config import BackboneConfig, DataConfig, HypernetworkConfig, M2PConfig, SourceConfig, TaskTokens, TrainConfig, parse
+from shine.config import BackboneConfig, DataConfig, HypernetworkConfig, M2PConfig, SourceConfig, TaskTokens, TrainConfig
 from shine.data.batching import Batch, collate
 from shine.data.build import samples_of
 from shine.data.sources import read_source
 from shine.hypernetwork import Hypernetwork
 from shine.loading import load_backbone
+from shine.parsing import parse
 from shine.released import read_released
 from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE

@@ -22,10 +22,11 @@ from openai_server import Behaviour, Call, OpenAIServer, Refuse, Say, openai_ser
 from runs import run_program
 
 from shine.cli.collect import load
-from shine.config import RemoteConfig, SourceConfig, parse
+from shine.config import RemoteConfig, SourceConfig
 from shine.data.plans import WritingConfig
 from shine.data.sources import read_source
 from shine.data.writing import WritingReport, estimate, write_conversations
+from shine.parsing import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = {

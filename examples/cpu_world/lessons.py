@@ -17,8 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from shine.chat import IGNORE, Message, encode_conversation
-from shine.config import PromptConfig, TaskTokens, parse
+from shine.config import PromptConfig, TaskTokens
 from shine.data.worlds import NAMES, RELATIONS, Fact, World, tell
+from shine.parsing import parse
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 """Ids and labels ``[B, T]``, right-padded, without end."""

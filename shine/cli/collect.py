@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from shine.cli.commands import in_clone
-from shine.config import parse
 from shine.data.collection import build_collection, check_output, check_parts, without_parts
 from shine.data.histograms import draw_lengths
 from shine.data.plans import CollectionConfig
+from shine.parsing import parse
 
 
 def run(config: Path, *, output: str, description: str, argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 import shine
 from shine.cli.commands import CONFIGS, in_clone
-from shine.config import parse, unknown_key
+from shine.parsing import parse, unknown_key
 from shine.training.distributed import SharedRefusalError
 from shine.training.stop import StoppedError
 
@@ -69,7 +69,7 @@ def composed(kind: type[T], door: str, overrides: Sequence[str]) -> T:
     """The configuration that a door would get with these words after its name, for commands that are no door themselves.
 
     Raises:
-        ValueError: Hydra or `shine.config.parse` refuses them, or SHINE is installed without its clone, which holds ``configs/``.
+        ValueError: Hydra or `shine.parsing.parse` refuses them, or SHINE is installed without its clone, which holds ``configs/``.
     """
     try:
         with initialize_config_dir(str(in_clone(CONFIGS)), version_base="1.3"):

@@ -42,8 +42,8 @@ def _download(args: argparse.Namespace) -> None:
     from rich.table import Table
 
     from shine.cli.collect import load
-    from shine.config import parse
     from shine.downloads import Item, Listing, fetch, list_files, size_of
+    from shine.parsing import parse
 
     catalogue = parse(dict[str, dict[str, Item]], load(args.catalogue))[args.group]
     if unknown := [name for name in args.names if name not in catalogue]:

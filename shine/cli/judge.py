@@ -34,9 +34,10 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _judge(args: argparse.Namespace) -> None:
-    from shine.config import RemoteConfig, parse
+    from shine.config import RemoteConfig
     from shine.evaluation import judge
     from shine.evaluation.tables import judge_table, show
+    from shine.parsing import parse
 
     values = {name: getattr(args, name) for name in ("model", "concurrency", "attempts", "timeout", "options")}
     prompt = judge.PROMPT if args.prompt is None else args.prompt.read_text(encoding="utf-8")

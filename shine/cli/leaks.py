@@ -12,8 +12,9 @@ from typing import Any
 
 from shine.cli.doors import composed
 from shine.cli.sources import parse_source
-from shine.config import DataConfig, SourceConfig, TrainConfig, parse
+from shine.config import DataConfig, SourceConfig, TrainConfig
 from shine.data.leaks import LeakCheck, learned_contexts, scored_contexts
+from shine.parsing import parse
 
 SHOWN = 20
 """Overlaps that are printed."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from shine.config import SourceConfig, parse
+from shine.config import SourceConfig
+from shine.parsing import parse
 
 SYNTAX = "KIND[:PATH][,KEY=VALUE]..., as in race:data/race/all,split=validation,cloze=false"
 _COMMA = re.compile(r",(?![^\[{]*[\]}])")

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from shine.chat import END, END_OF_TEXT, START
-from shine.config import parse
 from shine.export.ranks import padded
 from shine.files import may_replace, written_beside
 from shine.lora import LoRA
+from shine.parsing import parse
 from shine.provenance import Provenance
 
 ADAPTER_FILE, MODELFILE = "adapter.gguf", "Modelfile"

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
-from shine.config import parse
 from shine.export.ranks import padded
 from shine.files import may_replace, written_beside
 from shine.fingerprint import Fingerprint, fingerprint
 from shine.lora import LoRA
+from shine.parsing import parse
 from shine.pretrained import load_model, load_tokenizer, without_progress_bars
 from shine.provenance import Provenance
 from shine.zoo import resolve
