@@ -157,6 +157,14 @@ def test_the_command_line_takes_a_variant_only_when_told(
     run(*command, "--allow-variant")
     assert (tmp_path / "out").is_dir()
 
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"context": "Ada.", "turns": [{"question": "Who?", "answers": ["Ada"]}]}\n')
+    conversation = ("converse", final, asked, "--max-new-tokens", "2", "--backbone", tmp_path / "other")
+    page = ("trust", final, "--contexts", "4", "--output", tmp_path / "page", "--backbone", tmp_path / "other")
+    for command in (conversation, page):
+        assert refused(*command).endswith("or allow this one: --allow-variant\n")
+        run(*command, "--allow-variant")
+
 
 def test_a_variant_is_named(tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What SHINE fetches as a quantised GGUF is a variant by name, in config.json and in the refusal of other weights."""

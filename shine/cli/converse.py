@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from shine.cli.commands import Commands, add_command
+from shine.cli.models import add_checkpoint_options
 
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -24,9 +25,8 @@ shine converse outputs/mqa examples/conversations.jsonl
 shine converse cpu-world examples/conversations_cpu_world.jsonl
 """,
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, a checkpoint in it, or cpu-world")
+    add_checkpoint_options(parser)
     parser.add_argument("file", metavar="FILE", help="contexts with their questions")
-    parser.add_argument("--backbone", help="where its backbone lies, if not where the checkpoint says")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="of an answer (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="also write the answers there: a page if it ends in .md, else JSON lines")
     parser.set_defaults(run=_converse)
@@ -35,4 +35,11 @@ shine converse cpu-world examples/conversations_cpu_world.jsonl
 def _converse(args: argparse.Namespace) -> None:
     from shine.evaluation.side_by_side import converse_file
 
-    converse_file(args.checkpoint, args.file, backbone=args.backbone, max_new_tokens=args.max_new_tokens, output=args.output)
+    converse_file(
+        args.checkpoint,
+        args.file,
+        backbone=args.backbone,
+        allow_variant=args.allow_variant,
+        max_new_tokens=args.max_new_tokens,
+        output=args.output,
+    )

@@ -39,10 +39,25 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="the hypernetwork: a checkpoint folder, a hub id, or cpu-world, which is shipped and reads invented worlds; "
         "default: SHINE_MODEL in the environment",
     )
-    group.add_argument("--backbone", metavar="MODEL", help="where the backbone lies, if not where the checkpoint says")
+    _add_backbone(group)
     group.add_argument("--device", default="auto", help="auto (CUDA where there is some), cpu, cuda, cuda:N")
     group.add_argument("--dtype", choices=("bfloat16", "float32", "float64"), help="of the backbone; default: as trained")
-    group.add_argument("--allow-variant", action="store_true", help="take other weights of the same architecture")
+    _add_variant(group)
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint a command looks at, and its backbone."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, a checkpoint in it, or cpu-world")
+    _add_backbone(parser)
+    _add_variant(parser)
+
+
+def _add_backbone(to: argparse._ActionsContainer) -> None:
+    to.add_argument("--backbone", metavar="MODEL", help="where the backbone lies, if not where the checkpoint says")
+
+
+def _add_variant(to: argparse._ActionsContainer) -> None:
+    to.add_argument("--allow-variant", action="store_true", help="take other weights of the same architecture")
 
 
 def add_reading_options(parser: argparse.ArgumentParser) -> None:

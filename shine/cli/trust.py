@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from shine.cli.commands import Commands, add_command
+from shine.cli.models import add_checkpoint_options
 
 
 def add(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -24,8 +25,7 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
             "shine trust outputs/1qa --no-worlds --squad data/squad/plain_text --knowledge examples/knowledge.jsonl"
         ),
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, a checkpoint in it, or cpu-world")
-    parser.add_argument("--backbone", help="where its backbone lies, if not where the checkpoint says")
+    add_checkpoint_options(parser)
     parser.add_argument("--contexts", type=int, default=64, help="of each set (default: %(default)s)")
     parser.add_argument("--squad", metavar="FOLDER", help="passages with questions, as SQuAD lays them out (validation split)")
     parser.add_argument("--file", metavar="FILE", help="contexts with questions of your own, JSON lines")
@@ -45,6 +45,7 @@ def _trust(args: argparse.Namespace) -> None:
         args.checkpoint,
         args.output,
         backbone=args.backbone,
+        allow_variant=args.allow_variant,
         contexts=args.contexts,
         sources={kind: path for kind, path in sources.items() if path},
         knowledge=args.knowledge,

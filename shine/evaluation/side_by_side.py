@@ -96,7 +96,9 @@ def _cells(texts: Sequence[str], *, right: bool) -> str:
     return "| " + " | ".join(shown) + " |"
 
 
-def converse_file(checkpoint: str, file: str, *, backbone: str | None, max_new_tokens: int, output: Path | None) -> None:
+def converse_file(
+    checkpoint: str, file: str, *, backbone: str | None, allow_variant: bool, max_new_tokens: int, output: Path | None
+) -> None:
     """`converse` about the contexts of a file, shown and, where there is an ``output``, written: a page if it ends in ``.md``.
 
     Raises:
@@ -105,7 +107,8 @@ def converse_file(checkpoint: str, file: str, *, backbone: str | None, max_new_t
     examples = [example for example in read_source(SourceConfig(kind="jsonl", path=file)) if example.turns]
     if not examples:
         raise ValueError(f'{file}: holds no question; give each context its "turns"')
-    rows = converse(three_methods(Model.from_pretrained(checkpoint, backbone=backbone)), examples, max_new_tokens=max_new_tokens)
+    model = Model.from_pretrained(checkpoint, backbone=backbone, allow_variant=allow_variant)
+    rows = converse(three_methods(model), examples, max_new_tokens=max_new_tokens)
     show_rows(rows)
     if output is not None:
         output_folder(output.parent).mkdir(parents=True, exist_ok=True)

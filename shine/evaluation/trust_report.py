@@ -23,6 +23,7 @@ def report_trust(
     output: Path,
     *,
     backbone: str | None,
+    allow_variant: bool,
     contexts: int,
     sources: Mapping[str, str],
     knowledge: Path | None,
@@ -39,7 +40,7 @@ def report_trust(
     if contexts < 2 or not (worlds or sources):
         raise ValueError("contexts must be at least 2, and there must be worlds or a source: how adapters differ is asked of pairs")
     facts = () if knowledge is None else trust.read_knowledge(knowledge)
-    model = Model.from_pretrained(checkpoint, backbone=backbone)
+    model = Model.from_pretrained(checkpoint, backbone=backbone, allow_variant=allow_variant)
     sets = [trust.world_set(list(World(seed=seed).examples(contexts)), seed=seed)] if worlds else []
     sets += [_passages(model, kind, path, contexts=contexts) for kind, path in sources.items()]
     # Before any of them is examined, which takes long.
