@@ -59,7 +59,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timed ones (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", help="as for test.py")
     args = parser.parse_intermixed_args()
-    config = configured(EvaluationConfig, "test", ["hypernetwork=smollm2", "sets=stories", "max_new_tokens=32", *args.overrides])
+    config = configured(
+        EvaluationConfig,
+        "test",
+        ["hypernetwork.rank=6", "hypernetwork.meta_rank=32", "sets=stories", "max_new_tokens=32", *args.overrides],
+    )
     with without_progress_bars():
         backbone, tokenizer = load_backbone(config.backbone, targets=config.hypernetwork.targets)
     torch.manual_seed(config.seed)
