@@ -20,7 +20,8 @@ import resource
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -181,16 +182,32 @@ def _best(run: Callable[[], object], device: torch.device | str, seconds: float)
     return min(times)
 
 
+@contextmanager
+def tf32() -> Iterator[None]:
+    """float32 products on the tensor cores of a GPU, as the published recipe computes; nothing on a CPU."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def show_limits(backbone: Backbone, *, rows: Sequence[int]) -> dict[tuple[int, torch.dtype], float]:
-    """Print what this machine can do at the shapes of a model, and return its matrix rates by number of tokens and dtype."""
+    """Print what this machine can do at the shapes of a model, and return its matrix rates by number of tokens and dtype.
+
+    float32 on a GPU is TF32, as the recipe has it.
+    """
     device = backbone.device
     print(f"{describe(device)}; copying {copy_bandwidth(device) / 1e9:,.1f} GB/s, read and written")
     rates = {}
     for count in rows:
         shapes = linear_shapes(backbone, rows=count)
         for dtype in (torch.bfloat16, torch.float32):
-            rates[count, dtype] = gemm_rate(shapes, dtype=dtype, device=device)
-        found = ", ".join(f"{rates[count, dtype] / 1e9:>8,.1f} {str(dtype)[6:]}" for dtype in (torch.bfloat16, torch.float32))
+            with tf32():
+                rates[count, dtype] = gemm_rate(shapes, dtype=dtype, device=device)
+        names = {torch.bfloat16: "bfloat16", torch.float32: "TF32" if device.type == "cuda" else "float32"}
+        found = ", ".join(f"{rates[count, dtype] / 1e9:>8,.1f} {name}" for dtype, name in names.items())
         print(f"its linears on {count:>5,} tokens, GFLOP/s: {found}", flush=True)
     return rates
 

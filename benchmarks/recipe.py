@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from machine import tf32
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -20,6 +21,7 @@ from shine.backbone import Backbone
 from shine.chat import IGNORE
 from shine.data.batching import pad_left
 from shine.data.samples import Sample
+from shine.flops import training_flops
 from shine.hypernetwork import Hypernetwork
 
 
@@ -43,7 +45,7 @@ def recipe_step(
     labels = sum(sample.label_count for sample in samples)
     total = 0.0
     optimizer.zero_grad()
-    with _tf32():
+    with tf32():
         for sample in samples:
             loss = recipe_loss(
                 hypernetwork, backbone, sample, context_length=context_length, conversation_length=conversation_length
@@ -69,6 +71,13 @@ def recipe_loss(
     return F.cross_entropy(logits[0, :-1], targets[0, 1:], ignore_index=IGNORE, reduction="sum")
 
 
+def recipe_flops(backbone: Backbone, hypernetwork: Hypernetwork, *, context_length: int, conversation_length: int) -> float:
+    """Arithmetic of the recipe's step on one sample: padding and unread logits included."""
+    lengths = {"read": context_length, "answered": conversation_length, "labels": conversation_length}
+    unread = 2 * (context_length + hypernetwork.memory_tokens.shape[0]) * backbone.vocabulary_size * backbone.hidden_size
+    return training_flops(backbone, hypernetwork, **lengths) + unread
+
+
 @contextmanager
 def _logits_of_the_context(backbone: Backbone) -> Iterator[None]:
     """Project whatever leaves the backbone onto the vocabulary, as calling the whole model does."""
@@ -82,16 +91,6 @@ def _logits_of_the_context(backbone: Backbone) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _padded(row: Sequence[int], width: int, *, value: int, device: torch.device) -> tuple[Tensor, Tensor | None]:

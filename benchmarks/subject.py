@@ -24,16 +24,19 @@ from shine.loading import find_device
 from shine.pretrained import load_model, without_progress_bars
 from shine.zoo import resolve
 
-EXPERIMENTS = {"smollm2-135m": "smollm2", "cpu-world": "cpu_world"}
-"""Models with weights, and the experiment whose hypernetwork they get."""
+WITH_WEIGHTS = {
+    "smollm2-135m": ("experiment=smollm2", "hypernetwork=default", "hypernetwork.rank=6", "hypernetwork.meta_rank=32"),
+    "cpu-world": ("experiment=cpu_world",),
+}
+"""Models with weights, and what configures their hypernetwork: SmolLM2's is the shape that the published code was timed at."""
 QWEN3 = {name.lower(): name for name in SHAPES}
 """Shapes that get random weights on the device: nothing measured here depends on what they are."""
-MODELS = (*EXPERIMENTS, *QWEN3)
+MODELS = (*WITH_WEIGHTS, *QWEN3)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A backbone in the precision that SHINE trains in, the same weights in float32, and one hypernetwork for both.
+    """A backbone in bfloat16, the same weights in float32, and one hypernetwork for both.
 
     Attributes:
         precise: float32, for the recipe's way; ``None`` where it was not asked for.
@@ -56,13 +59,13 @@ def load(name: str, *, device: str = "auto", precise: bool = False, activation_c
         precise: hold the weights in float32 too.
     """
     place = find_device(device)
-    experiment = EXPERIMENTS.get(name, name)
-    config = configured(TrainConfig, "train", [f"experiment={experiment}", "output=none"])
+    config = configured(TrainConfig, "train", [*WITH_WEIGHTS.get(name, (f"experiment={name}",)), "output=none"])
     attention.register()
     with without_progress_bars():
-        model: Any = _with_weights(name) if name in EXPERIMENTS else _with_random_weights(name, place)
+        model: Any = _with_weights(name) if name in WITH_WEIGHTS else _with_random_weights(name, place)
     twin = copy.deepcopy(model).float() if precise else None
-    model = model.to(place, torch.bfloat16)
+    # Not to another type: the frequencies of the rotary embedding are float32 in every model.
+    model = model.to(place)
     model.set_attn_implementation(attention.NAME if place.type == "cpu" else "sdpa")
     plain = functools.partial(_same_weights, _same_weights(model.eval().requires_grad_(False)))
     targets = config.hypernetwork.targets
@@ -96,7 +99,7 @@ def tokens(rows: int, length: int, backbone: Backbone) -> Tensor:
 
 
 def _with_weights(name: str) -> PreTrainedModel:
-    model: PreTrainedModel = load_model(resolve(name), dtype=torch.float32)
+    model: PreTrainedModel = load_model(resolve(name), dtype=torch.bfloat16)
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,14 @@ from recipe import recipe_loss
 from subject import load, tokens
 
 from shine.backbone import Backbone
+from shine.config import BackboneConfig
 from shine.data.batching import collate
 from shine.data.samples import Sample
 from shine.hypernetwork import Hypernetwork
+from shine.loading import load_backbone
+from shine.lora import LoRA
 from shine.training.step import label_losses
+from shine.zoo import ASSETS
 
 
 def test_the_recipes_loss_and_gradients_are_ours() -> None:
@@ -66,6 +71,37 @@ def test_training_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert losses is not None
     assert float(losses[1]) == pytest.approx(float(losses[2]), rel=0.02)
     assert "arithmetic alone allows" in said
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_steps_that_learn_something_else_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ours with the adapters of two contexts exchanged: the losses are as like as before."""
+    label_logits = Backbone.label_logits
+
+    def exchanged(self: Backbone, *args: Any, lora: LoRA, **kwargs: Any) -> torch.Tensor:
+        return label_logits(self, *args, lora=lora.select([1, 0]), **kwargs)
+
+    monkeypatch.setattr(Backbone, "label_logits", exchanged)
+    with pytest.raises(SystemExit, match="do not compute the same"):
+        run("train_step", ["--rows", "mqa", "--batch", "2", "--without", "peft"], monkeypatch, capsys)
+
+
+def test_the_subject_is_what_training_loads() -> None:
+    """Weights in bfloat16, the frequencies of the rotary embedding not."""
+    subject = load("cpu-world", device="cpu", precise=True)
+    path = str(ASSETS / "cpu-world" / "backbone")
+    trained, _ = load_backbone(
+        BackboneConfig(path=path, dtype="bfloat16", device="cpu"), targets=subject.hypernetwork.config.targets
+    )
+    assert subject.precise is not None
+    for name, tensor in trained.model.state_dict().items():
+        assert torch.equal(subject.backbone.model.state_dict()[name], tensor)
+        assert torch.equal(subject.precise.model.state_dict()[name], tensor.float())
+    buffers = dict(trained.model.named_buffers())
+    assert buffers
+    for name, buffer in buffers.items():
+        for backbone in (subject.backbone, subject.precise):
+            assert torch.equal(dict(backbone.model.named_buffers())[name], buffer)
 
 
 def test_encoding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

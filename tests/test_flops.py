@@ -7,12 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import counted_flops
+from peft import LoraConfig, get_peft_model
+from recipe import recipe_flops, recipe_loss
 
 from shine.backbone import Backbone
 from shine.config import HypernetworkConfig, M2PConfig
 from shine.data.batching import collate
 from shine.data.samples import Sample
-from shine.flops import encoding_flops, forward_flops, training_flops
+from shine.flops import encoding_flops, fine_tuning_flops, forward_flops, training_flops
 from shine.hypernetwork import Hypernetwork
 from shine.training.step import label_losses
 
@@ -51,6 +53,36 @@ def test_a_training_step(pair: tuple[Backbone, Hypernetwork]) -> None:
     rank = hypernetwork.layout.rank
     not_needed = sum(2 * ANSWERED * shape.in_features * (shape.out_features + rank) for shape in first)
     assert found == formula + left_out - not_needed
+
+
+def test_the_recipes_step(pair: tuple[Backbone, Hypernetwork]) -> None:
+    """Padded, and with logits of every position of both passes."""
+    backbone, hypernetwork = pair
+    ids = list(range(10, 10 + ANSWERED - 5))
+    sample = Sample(id="a", context_ids=list(range(50, 50 + READ - 7)), input_ids=ids, labels=ids)
+    lengths = {"context_length": READ, "conversation_length": ANSWERED}
+    found = counted_flops(lambda: recipe_loss(hypernetwork, backbone, sample, **lengths).backward())
+    read = READ + hypernetwork.memory_tokens.shape[0]
+    left_out = 3 * other_side(backbone, read, ANSWERED) + 3 * mixing(backbone, hypernetwork)
+    first = [shape for shape in backbone.linear_shapes[0] if shape.path.endswith(("q_proj", "k_proj", "v_proj"))]
+    rank = hypernetwork.layout.rank
+    not_needed = sum(2 * ANSWERED * shape.in_features * (shape.out_features + rank) for shape in first)
+    assert found == recipe_flops(backbone, hypernetwork, **lengths) + left_out - not_needed
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_fine_tuning_step(make_backbone: Callable[..., Backbone]) -> None:
+    """Of the real PEFT, context and conversation one sequence."""
+    backbone, rank = make_backbone(), 4
+    # Before PEFT puts linears of its own into the model.
+    formula = fine_tuning_flops(backbone, tokens=READ, predicted=READ, rank=rank)
+    targets = [shape.path.rsplit(".", 1)[-1] for shape in backbone.linear_shapes[0]]
+    model = get_peft_model(backbone.model, LoraConfig(r=rank, target_modules=targets))
+    ids = torch.arange(READ)[None]
+    found = counted_flops(lambda: model(input_ids=ids, labels=ids, use_cache=False).loss.backward())
+    first = [shape for shape in backbone.linear_shapes[0] if shape.path.endswith(("q_proj", "k_proj", "v_proj"))]
+    not_needed = sum(2 * READ * shape.in_features * (shape.out_features + rank) for shape in first)
+    assert found == formula + 3 * other_side(backbone, READ) - not_needed
 
 
 def test_encoding_and_the_plain_model(pair: tuple[Backbone, Hypernetwork]) -> None:
