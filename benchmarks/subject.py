@@ -39,7 +39,7 @@ class Subject:
     """A backbone in bfloat16, the same weights in float32, and one hypernetwork for both.
 
     Attributes:
-        precise: float32, for the recipe's way; ``None`` where it was not asked for.
+        precise: float32, for the recipe's way, in host memory until that takes it; ``None`` where it was not asked for.
         plain: makes the backbone's model without hooks, on the same weights.
     """
 
@@ -73,7 +73,7 @@ def load(name: str, *, device: str = "auto", precise: bool = False, activation_c
     exact = None
     if twin is not None:
         twin.set_attn_implementation("sdpa")
-        exact = Backbone(twin.to(place), targets=targets)
+        exact = Backbone(twin, targets=targets)
     return Subject(name, backbone, exact, _hypernetwork(config.hypernetwork, backbone), place, plain)
 
 

@@ -86,6 +86,19 @@ def test_steps_that_learn_something_else_are_told(monkeypatch: pytest.MonkeyPatc
         run("train_step", ["--rows", "mqa", "--batch", "2", "--without", "peft"], monkeypatch, capsys)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_recipe_that_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: Any, **__: Any) -> float:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("train_step.recipe_step", full)
+    said = run("train_step", ["--rows", "mqa", "--batch", "2"], monkeypatch, capsys)
+    assert "recipe: out of memory" in said
+    assert set(re.findall(r"^  (\w+) +[\d.]+ s", said, flags=re.M)) == {"shine", "peft"}
+    assert "against the recipe" not in said
+    assert "arithmetic alone allows" in said
+
+
 def test_the_subject_is_what_training_loads() -> None:
     """Weights in bfloat16, the frequencies of the rotary embedding not."""
     subject = load("cpu-world", device="cpu", precise=True)
