@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, default=16, help="side by side (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=1, help="at most, of each context (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="timed ones (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="timed ones (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", help="as for test.py")
     args = parser.parse_intermixed_args()
     config = configured(

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=344, help="tokens of a context (default: %(default)s)")
     parser.add_argument("--new", type=int, default=16, help="tokens of an answer (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=8, help="of a conversation (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     subject = load(args.model, device=args.device)
