@@ -190,6 +190,24 @@ def test_pays_from_and_differences_stand_on_the_page(results: dict[str, Path], t
     assert shown == [["timed", "mine", "SHINE − In-Context", "+20.0 [+20.0, +20.0]"]]
 
 
+def test_the_way_stands_on_the_page(results: dict[str, Path], tmp_path: Path) -> None:
+    """From 10 to 50 with F1 20 in every context; of EM, where nothing is exact, there is no way."""
+    folder = tmp_path / "gone"
+    shutil.copytree(results["first"], folder)
+    summary = json.loads((folder / SUMMARY_FILE).read_text())
+    scores = {"shine": 0.2, "in_context_tuned": 0.5, "only_question": 0.1}
+    summary["sources"]["mine"] |= compare_methods({name: [answer(c, f1) for c in "abc"] for name, f1 in scores.items()}, {})
+    (folder / SUMMARY_FILE).write_text(json.dumps(summary))
+    main(["report", str(folder), "--output", str(tmp_path / "report")])
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert table(page, "The way from Only Question to the context in the prompt, percent") == [
+        ["run", "set", "method", "to", "EM [95 %]", "F1 [95 %]"],
+        ["gone", "mine", "SHINE", "In-Context, tuned", "none to go", "25 [25, 25]"],
+    ]
+    main(["report", str(results["sweep"]), "--output", str(tmp_path / "sweep")])
+    assert "The way from" not in (tmp_path / "sweep" / "report.md").read_text()
+
+
 def test_every_line_of_a_picture_is_told_from_the_others(results: dict[str, Path]) -> None:
     """Eight fine-tunings in two runs: no two look alike, and each is named in some panel, none where all are named already."""
     methods = [f"fine_tuning:{count}x{epochs}" for count in (0, 4) for epochs in (5, 10, 20, 40)]

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from shine.evaluation.scores import compare_methods, compare_recall, grouped, summarise_answers, summarise_recall, summarise_times
+from shine.evaluation.scores import (
+    compare_methods,
+    compare_recall,
+    grouped,
+    summarise_answers,
+    summarise_recall,
+    summarise_times,
+    ways,
+)
 
 
 def answer(context: str, f1: float, *, turn: int = 0, tokens: int = 8, em: float = 0.0) -> dict[str, Any]:
@@ -64,6 +72,21 @@ def test_an_adapter_pays_from_a_number_of_questions_on(encode: float, shine: flo
     counted = next((n for n in range(1, 1000) if encode + n * shine < n * in_context), None)
     assert found == {"shine": pays}
     assert counted == pays
+
+
+def test_ways_go_from_only_question_to_each_method_that_sees_the_context() -> None:
+    """Equal in each context: F1 20 on a way from 10 to 50 and to 30; no exact answer anywhere, so no way of EM."""
+    scores = {"shine": 0.2, "in_context": 0.3, "in_context_tuned": 0.5, "only_question": 0.1}
+    rows = {method: [answer(name, f1) for name in "abc"] for method, f1 in scores.items()}
+    found = ways(rows)
+    assert list(found) == ["shine"]
+    assert list(found["shine"]) == ["in_context_tuned", "in_context"]
+    for ceiling, gone in (("in_context_tuned", 25), ("in_context", 50)):
+        assert found["shine"][ceiling]["f1"] == pytest.approx({"value": gone, "low": gone, "high": gone})
+        assert found["shine"][ceiling]["em"] is None
+    assert ways({name: rows[name] for name in ("shine", "in_context")}) == {}
+    assert ways({name: rows[name] for name in ("shine", "only_question")}) == {}
+    assert compare_methods(rows, {})["ways"] == found
 
 
 def test_texts_given_back_are_compared_by_task() -> None:

@@ -8,7 +8,7 @@ import statistics as exact
 import numpy as np
 import pytest
 
-from shine.evaluation.statistics import Totals, break_even, difference, interval
+from shine.evaluation.statistics import Totals, break_even, difference, interval, way
 
 
 def binomial_quantile(count: int, chance: float, share: float) -> int:
@@ -76,3 +76,31 @@ def test_break_even() -> None:
     # Four questions take two seconds either way: it is the fifth that makes the difference.
     assert break_even(encode=1.0, answer=0.25, answer_in_context=0.5) == 5
     assert break_even(encode=1.0, answer=0.3, answer_in_context=0.3) is None
+
+
+def test_a_way_is_a_ratio_of_differences() -> None:
+    """Contexts of very unlike difficulty where every one goes three tenths of its way: nothing is left to chance."""
+    generator = np.random.default_rng(7)
+    floor, gap = generator.normal(40, 20, size=200), generator.uniform(10, 50, size=200)
+    totals = [Totals({str(n): (value, 1) for n, value in enumerate(floor + share * gap)}) for share in (0.3, 0, 1)]
+    found = way(totals[0], floor=totals[1], ceiling=totals[2])
+    assert found is not None
+    assert (found.value, found.low, found.high) == pytest.approx((30, 30, 30))
+
+
+def test_a_way_has_the_interval_of_a_ratio_estimator() -> None:
+    """Half of the contexts go all of an equal way, half of them none: half of it, as sure as a share of 400."""
+    rows = {str(n): n for n in range(400)}
+    ours = Totals({name: (20.0 * (n % 2), 1) for name, n in rows.items()})
+    floor, ceiling = (Totals(dict.fromkeys(rows, (value, 1))) for value in (0.0, 20.0))
+    found = way(ours, floor=floor, ceiling=ceiling)
+    assert found is not None
+    assert found.value == pytest.approx(50)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * 100 * 0.5 / 20, rel=0.06)
+
+
+def test_there_is_no_way_to_a_ceiling_that_is_not_higher() -> None:
+    """Not beyond chance: as often below the floor as above it."""
+    floor = Totals({str(n): (10.0, 1) for n in range(40)})
+    ceiling = Totals({str(n): (10.0 + (-1) ** n, 1) for n in range(40)})
+    assert way(floor, floor=floor, ceiling=ceiling) is None

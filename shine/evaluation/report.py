@@ -13,7 +13,7 @@ from shine.evaluation import plots
 from shine.evaluation.results import PREDICTIONS_FILE, SUMMARY_FILE, Row, read_jsonl
 from shine.evaluation.scores import totals
 from shine.evaluation.statistics import Estimate, difference
-from shine.evaluation.tables import title_of, with_interval
+from shine.evaluation.tables import shown_way, title_of, with_interval
 
 REPORT_FILE, FIGURES_FILE = "report.md", "report.json"
 TASKS = ("reconstruct", "complete")
@@ -173,6 +173,7 @@ def _page(
                 yield from ["", f"## {title}", "", *rows, *_picture(title, pictures)]
         yield from ["", f"## {plots.TIME}", *_picture(plots.TIME, pictures)]
         yield from ["", "## Differences between methods, F1", "", *_difference_table(answering)]
+        yield from _way_table(answering)
         yield from _judge_tables(answering)
     if recalling:
         yield from ["", "## Texts given back", "", *_recall_table(recalling)]
@@ -259,6 +260,23 @@ def _difference_table(runs: Sequence[Run]) -> Iterator[str]:
                 if ours != first:
                     continue
                 yield _line([run.name, source, f"{title_of(ours)} − {title_of(theirs)}", f"{Estimate(**scores['f1']):+.1f}"])
+
+
+def _way_table(runs: Sequence[Run]) -> Iterator[str]:
+    """How far each method goes from Only Question to the context in the prompt; nothing where no run has both ends."""
+    rows = []
+    for run in runs:
+        for source, found in run.summary["sources"].items():
+            for method, ceilings in found["ways"].items():
+                for ceiling, scores in ceilings.items():
+                    cells = [title_of(method), title_of(ceiling), shown_way(scores["em"]), shown_way(scores["f1"])]
+                    rows.append(_line([run.name, source, *cells]))
+    if rows:
+        yield from ["", "## The way from Only Question to the context in the prompt, percent", ""]
+        yield from _head(["run", "set", "method", "to", "EM [95 %]", "F1 [95 %]"], left=4)
+        yield from rows
+        yield from ["", "100 is as good as seeing the context, 0 as Only Question. none to go: the other end is not above Only "]
+        yield "Question beyond chance."
 
 
 def _recall_difference_table(runs: Sequence[Run]) -> Iterator[str]:

@@ -33,7 +33,7 @@ from shine.evaluation import pretraining, qa, scores
 from shine.evaluation.fine_tuning import FineTuned, Lessons
 from shine.evaluation.methods import InContext, InContextTuned, Method, Shine, Speaker
 from shine.evaluation.results import PREDICTIONS_FILE, SUMMARY_FILE, Key, ResultFolder, Row, Unit
-from shine.evaluation.tables import answer_table, recall_table, show
+from shine.evaluation.tables import answer_table, recall_table, show, way_table
 from shine.files import file_written_beside
 from shine.fingerprint import fingerprint
 from shine.loading import load_backbone
@@ -284,7 +284,12 @@ class _Evaluation:
         }
         with file_written_beside(output / SUMMARY_FILE) as file:
             file.write((json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
-        show(recall_table(summary) if config.stage.name == "pretrain" else answer_table(summary))
+        if config.stage.name == "pretrain":
+            show(recall_table(summary))
+        else:
+            show(answer_table(summary))
+            if (gone := way_table(summary)) is not None:
+                show(gone)
         print(f"every prediction: {output / PREDICTIONS_FILE}\nsummary: {output / SUMMARY_FILE}", flush=True)
         return summary
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 from shine.evaluation.results import Row
-from shine.evaluation.statistics import Totals, break_even, difference, interval
+from shine.evaluation.statistics import Totals, break_even, difference, interval, way
 from shine.metrics import perplexity
 
 ANSWER_SCORES = ("em", "f1", "rouge_1", "rouge_2", "rouge_l")
 RECALL_SCORES = ("exact_prefix", "em", "f1")
+FLOOR, CEILINGS = "only_question", ("in_context_tuned", "in_context")
+"""What knows nothing of the context, and what sees it: a method is somewhere on the way between them."""
 
 
 def totals(rows: Iterable[Row], name: str) -> Totals:
@@ -158,4 +160,24 @@ def compare_methods(rows: Mapping[str, Sequence[Row]], methods: Mapping[str, Map
                 answer=found["seconds"]["answer_question"],
                 answer_in_context=reference["seconds"]["answer_question"],
             )
-    return {"differences": differences, "break_even_questions": pays}
+    return {"differences": differences, "break_even_questions": pays, "ways": ways(rows)}
+
+
+def ways(rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    """How far each method that sees no context goes from Only Question to a method that does, in percent of EM and of F1.
+
+    Returns:
+        Method -> ceiling -> score -> its `way` with the interval, ``None`` where there is none to go.
+    """
+    ceilings = [name for name in CEILINGS if name in rows]
+    if FLOOR not in rows:
+        return {}
+    found: dict[str, Any] = {}
+    for method in rows:
+        if method == FLOOR or method in CEILINGS or not ceilings:
+            continue
+        found[method] = {ceiling: {} for ceiling in ceilings}
+        for ceiling, score in product(ceilings, ("em", "f1")):
+            gone = way(totals(rows[method], score), floor=totals(rows[FLOOR], score), ceiling=totals(rows[ceiling], score))
+            found[method][ceiling][score] = None if gone is None else gone.plain()
+    return found

@@ -60,14 +60,38 @@ def difference(ours: Totals, theirs: Totals, *, seed: int = SEED) -> Estimate:
     Raises:
         ValueError: they share no context.
     """
-    shared = sorted(set(ours.of) & set(theirs.of))
+    first, second = _drawn_together(ours, theirs, seed=seed)
+    return _estimate(first - second)
+
+
+def way(ours: Totals, *, floor: Totals, ceiling: Totals, seed: int = SEED) -> Estimate | None:
+    """What part of the way from ``floor`` to ``ceiling`` is gone, in percent: 0 is no better than one, 100 as good as the other.
+
+    On the contexts that all three looked at, drawn together. ``None`` where the ceiling is not above the floor beyond chance
+    (the 95 % interval of their difference reaches to zero): there is no way to go then.
+
+    Raises:
+        ValueError: they share no context.
+    """
+    mine, low, high = _drawn_together(ours, floor, ceiling, seed=seed)
+    if _estimate(high - low).low <= 0:
+        return None
+    return _estimate(100 * (mine - low) / (high - low))
+
+
+def _drawn_together(*results: Totals, seed: int) -> list[np.ndarray]:
+    """Of each result its mean over the contexts that all looked at, and then that of each resample of these contexts."""
+    shared = sorted(set.intersection(*(set(totals.of) for totals in results)))
     if not shared:
-        raise ValueError("the two results share no context: compare runs on the same data")
-    pair = [np.array([totals.of[name] for name in shared], dtype=np.float64) for totals in (ours, theirs)]
-    value = float(pair[0][:, 0].sum() / pair[0][:, 1].sum() - pair[1][:, 0].sum() / pair[1][:, 1].sum())
-    gaps = _resampled(pair[0], seed) - _resampled(pair[1], seed)
-    low, high = np.quantile(gaps, (0.025, 0.975))
-    return Estimate(value, float(low), float(high))
+        raise ValueError("the results share no context: compare runs on the same data")
+    pairs = [np.array([totals.of[name] for name in shared], dtype=np.float64) for totals in results]
+    return [np.concatenate([[pair[:, 0].sum() / pair[:, 1].sum()], _resampled(pair, seed)]) for pair in pairs]
+
+
+def _estimate(values: np.ndarray) -> Estimate:
+    """The first value, and the bounds that the others give it."""
+    low, high = np.quantile(values[1:], (0.025, 0.975))
+    return Estimate(float(values[0]), float(low), float(high))
 
 
 def _resampled(pairs: np.ndarray, seed: int) -> np.ndarray:

@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from shine.evaluation.statistics import Estimate
+
 TITLES = {
     "shine": "SHINE",
     "in_context": "In-Context",
@@ -51,6 +53,22 @@ def answer_table(summary: Mapping[str, Any]) -> Table:
             )
         table.add_section()
     return table
+
+
+def way_table(summary: Mapping[str, Any]) -> Table | None:
+    """How far each method goes from Only Question to the context in the prompt (see `shine.evaluation.scores.ways`); ``None`` where
+    nothing asked has both ends."""
+    table = _table("The way from Only Question to the context in the prompt, percent [95 %]", ["to", "EM", "F1"])
+    for source, found in summary["sources"].items():
+        for method, ceilings in found["ways"].items():
+            for ceiling, scores in ceilings.items():
+                table.add_row(source, title_of(method), title_of(ceiling), *(shown_way(scores[name]) for name in ("em", "f1")))
+    return table if table.row_count else None
+
+
+def shown_way(gone: Mapping[str, float] | None) -> str:
+    """A way with its interval, or that there is none: the other end is not above Only Question beyond chance."""
+    return f"{Estimate(**gone):.0f}" if gone else "none to go"
 
 
 def with_interval(scores: Mapping[str, Any], name: str) -> str:
@@ -96,5 +114,5 @@ def _table(title: str, columns: list[str]) -> Table:
     table.add_column("source")
     table.add_column("method")
     for column in columns:
-        table.add_column(column, justify="left" if column == "task" else "right")
+        table.add_column(column, justify="left" if column in ("task", "to") else "right")
     return table
