@@ -26,6 +26,7 @@ from shine.hub import download, hub_id
 from shine.hypernetwork import Hypernetwork
 from shine.parsing import parse
 from shine.released import RELEASED_FILES, is_released, read_released
+from shine.zoo import HYPERNETWORKS
 
 FORMAT = 2
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "hypernetwork.safetensors"
@@ -58,13 +59,16 @@ def find_checkpoint(path: str | Path) -> Path:
     """The directory to load from: ``path`` itself, or the newest checkpoint inside it (``final``, else the highest step or epoch).
 
     Args:
-        path: a directory, or a hub's ``hf:owner/name`` or ``ms:owner/name``, which is downloaded first; see `shine.hub`.
+        path: a directory, a name that is shipped (`shine.zoo.HYPERNETWORKS`; write ``./name`` for a folder of that name), or a
+            hub's ``hf:owner/name`` or ``ms:owner/name``, which is downloaded first; see `shine.hub`.
 
     Raises:
         ValueError: nothing there can be loaded.
     """
     if (remote := hub_id(path)) is not None:
         return download(remote)
+    if path in HYPERNETWORKS:
+        path = HYPERNETWORKS[str(path)]
     path = Path(path).expanduser()
     for place in (path, path / "final"):
         restore(place)
@@ -145,10 +149,13 @@ def save_hypernetwork(
 
     Args:
         weights: the ``state_dict`` of a hypernetwork.
-        dtype: store the weights in this type instead of their own.
+        dtype: store what was trained in this type instead of its own; what was measured (`shine.m2p.StateStandard`) keeps its own.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in weights.items()}
+    tensors = {
+        name: tensor.detach().to("cpu", None if name.startswith("m2p.standard.") else dtype).contiguous()
+        for name, tensor in weights.items()
+    }
     save_file(tensors, directory / WEIGHTS_FILE)
     text = json.dumps({"format": FORMAT, "shine": shine.__version__, **asdict(info)}, indent=2)
     (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")

@@ -36,9 +36,8 @@ from shine.pretrained import without_progress_bars
 from shine.prompt_cache import PromptCache
 from shine.provenance import ContextRecord, ModelRecord, Provenance, sha256
 from shine.reading import Reader
-from shine.zoo import ASSETS, looks_like_hub_id
+from shine.zoo import HYPERNETWORKS, looks_like_hub_id
 
-SHIPPED_HYPERNETWORKS = {"cpu-world": ASSETS / "cpu-world" / "hypernetwork"}
 NOTHING_SAID = Conversation()
 CONTEXT_LENGTH = 1024
 """How many tokens a context may have where a checkpoint does not say what it was trained for."""
@@ -78,7 +77,7 @@ class Shine:
         """A trained hypernetwork and the backbone it was trained on.
 
         Args:
-            path: a checkpoint directory (or a run's output folder), a hub id, or the shipped ``cpu-world``.
+            path: a checkpoint directory (or a run's output folder), a hub id, or what is shipped: ``cpu-world``, ``smollm2-135m``.
             backbone: a folder, hub id or known name of the backbone, where it does not lie where the checkpoint says; a whole
                 configuration for a released checkpoint, which records none.
             device: ``auto`` takes CUDA where there is some; else ``cpu``, ``cuda``, ``cuda:N``.
@@ -333,10 +332,8 @@ def _check_what_is_asked(
 
 
 def _locate(path: str) -> str:
-    """The folder of a hypernetwork: a shipped one, one on this machine, or one on the hub, which is downloaded."""
-    if path in SHIPPED_HYPERNETWORKS:
-        return str(SHIPPED_HYPERNETWORKS[path])
-    if Path(path).expanduser().exists() or not looks_like_hub_id(path):
+    """What `find_checkpoint` finds: as it is, or the folder of one on the hub, which is downloaded."""
+    if path in HYPERNETWORKS or Path(path).expanduser().exists() or not looks_like_hub_id(path):
         return path
     try:
         return str(download(HubId("hf", path)))

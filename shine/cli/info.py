@@ -31,12 +31,12 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 def _info(args: argparse.Namespace) -> None:
     path = Path(args.path).expanduser()
     if not path.is_dir():
-        from shine.model import SHIPPED_HYPERNETWORKS
+        from shine.zoo import HYPERNETWORKS
 
-        if args.path not in SHIPPED_HYPERNETWORKS:
+        if args.path not in HYPERNETWORKS:
             what = "is a file" if path.is_file() else "no such folder"
             raise ValueError(f"{args.path}: {what}; give the folder of an adapter or a checkpoint")
-        path = SHIPPED_HYPERNETWORKS[args.path]
+        path = HYPERNETWORKS[args.path]
     found = _adapter(path) or _checkpoint(path)
     if args.json:
         print_json(found)

@@ -36,7 +36,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "-m",
         "--model",
         metavar="CHECKPOINT",
-        help="the hypernetwork: a checkpoint folder, a hub id, or cpu-world, which is shipped and reads invented worlds; "
+        help="the hypernetwork: a checkpoint folder, a hub id, or what is shipped: cpu-world reads invented worlds, smollm2-135m "
+        "short English text; "
         "default: SHINE_MODEL in the environment",
     )
     _add_backbone(group)
@@ -47,7 +48,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     """The checkpoint a command looks at, and its backbone."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's output folder, a checkpoint in it, or cpu-world")
+    about = "a run's output folder, a checkpoint in it, a hub id, or what is shipped: cpu-world, smollm2-135m"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=about)
     _add_backbone(parser)
     _add_variant(parser)
 
@@ -141,7 +143,9 @@ def load_shine(args: argparse.Namespace) -> Shine:
     """
     name = args.model or os.environ.get("SHINE_MODEL")
     if not name:
-        raise ValueError("say which hypernetwork: --model CHECKPOINT, or SHINE_MODEL in the environment; cpu-world is shipped")
+        raise ValueError(
+            "say which hypernetwork: --model CHECKPOINT, or SHINE_MODEL in the environment; cpu-world and smollm2-135m are shipped"
+        )
     from shine.model import Shine
 
     return Shine.from_pretrained(

@@ -8,33 +8,55 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from shine.data.examples import Example, Turn
 from shine.data.sources.files import Row, Source, json_value, label, parsed, spoken, texts
 
+T = TypeVar("T")
 NO_ANSWER = "No Answer Present."
 """What MS MARCO v2.1 has in place of an answer."""
 
 
-def read_squad(source: Source, *, pad_to: int | None = None, seed: int = 0) -> Iterator[Example]:
+def read_squad(
+    source: Source, *, titles: Sequence[str] | None = None, pad_to: int | None = None, seed: int = 0
+) -> Iterator[Example]:
     """``rajpurkar/squad``: one example a passage, with all its questions; every gold answer counts, the first is learned.
 
     SQuAD 2.0 has questions without an answer: they come without one.
 
     Args:
+        titles: the articles to take, as the column ``title`` names them; an error where one of them is not there.
         pad_to: put each passage among others of the split, so many that contexts have this many tokens on average (published: 512,
             1,024 and 2,048).
         seed: of which others, and in which order.
     """
     columns = {"id": str, "context": str, "question": str, "answers": Mapping}
-    examples = _by_context(parsed(source, columns, _squad_row))
+    if titles is None:
+        rows = parsed(source, columns, _squad_row)
+    else:
+        rows = _of_articles(parsed(source, {**columns, "title": str}, _titled_squad_row), titles, source)
+    examples = _by_context(rows)
     return examples if pad_to is None else _among_others(list(examples), source, target=pad_to, seed=seed)
 
 
 def _squad_row(row: Row, place: str) -> tuple[str, str, Turn]:
     answers = texts(row["answers"].get("text"), "answers", f"{place} ({row['id']})")
     return row["id"], row["context"], Turn(spoken(row, "question", place), tuple(dict.fromkeys(answers)))
+
+
+def _titled_squad_row(row: Row, place: str) -> tuple[str, tuple[str, str, Turn]]:
+    return row["title"], _squad_row(row, place)
+
+
+def _of_articles(rows: Iterable[tuple[str, T]], titles: Sequence[str], source: Source) -> Iterator[T]:
+    missing = set(titles)
+    for title, row in rows:
+        missing.discard(title)
+        if title in titles:
+            yield row
+    if missing:
+        raise ValueError(f"{source.config.path}: has no article {sorted(missing)[0]}; mend options.titles, or give another split")
 
 
 def _by_context(rows: Iterable[tuple[str, str, Turn]]) -> Iterator[Example]:

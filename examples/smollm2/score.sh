@@ -1,0 +1,28 @@
+#!/bin/sh
+# Every score of the hypernetwork of SmolLM2-135M, with intervals: SQuAD's unseen articles and unseen invented worlds (Only Question,
+# In-Context, In-Context tuned, SHINE), texts given back, and what adapters do beside answering. An hour on two cores; stopped, it
+# goes on where it was.
+#
+# usage: sh examples/smollm2/score.sh [folder [checkpoint [reader [KEY=VALUE...]]]]
+#   folder      where the results are written: outputs/smollm2-scores
+#   checkpoint  what is scored: smollm2-135m, the shipped one
+#   reader      the LoRA of In-Context, tuned: the shipped one
+#   KEY=VALUE   for the two tests, as for test.py: backbone.device=cuda data.test.squad.limit=20
+#
+# Reads data/squad and data/wikitext ($SHINE_DATA instead of data): sh scripts/download_data.sh squad wikitext
+set -eu
+cd "$(dirname "$0")/../.."
+out=${1:-outputs/smollm2-scores}
+checkpoint=${2:-smollm2-135m}
+reader=${3:-shine/assets/smollm2-135m/reader}
+for _ in 1 2 3; do
+    [ $# -lt 1 ] || shift
+done
+python=${PYTHON:-.venv/bin/python}
+
+"$python" test.py experiment=smollm2 "checkpoint=$checkpoint" "reader=$reader" "output=$out/test" \
+    "methods=[shine,in_context,in_context_tuned,only_question]" max_new_tokens=32 "$@"
+"$python" test_pretrain.py experiment=smollm2 "checkpoint=$checkpoint" "output=$out/test_pretrain" "$@"
+"$python" -m shine.cli.main trust "$checkpoint" --contexts 32 --squad "${SHINE_DATA:-data}/squad" \
+    --knowledge examples/knowledge.jsonl --output "$out/trust"
+"$python" -m shine.cli.main report "$out/test" "$out/test_pretrain" --output "$out/report"

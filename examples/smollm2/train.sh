@@ -1,0 +1,34 @@
+#!/bin/sh
+# Train the hypernetwork of SmolLM2-135M: on from the one that ships with SHINE, or from nothing. Ctrl-C stops it at a step that it
+# goes on from when the same command is given again.
+#
+# usage: sh examples/smollm2/train.sh [folder [checkpoint [KEY=VALUE...]]]
+#   folder      where the stages are written: outputs/smollm2
+#   checkpoint  what they start from: smollm2-135m, the shipped one; nothing trains the three stages and the reader from nothing
+#   KEY=VALUE   for every stage, as for train.py: stage.steps=3000 backbone.device=cuda
+#
+# Reads data/squad, data/race and, from nothing, data/transmla_pretrain_6B_tokens ($SHINE_DATA instead of data):
+#   sh scripts/download_data.sh squad race transmla
+set -eu
+cd "$(dirname "$0")/../.."
+out=${1:-outputs/smollm2}
+start=${2:-smollm2-135m}
+[ $# -lt 2 ] || shift
+[ $# -lt 1 ] || shift
+python=${PYTHON:-.venv/bin/python}
+
+stages="mqa 1qa"
+if [ "$start" = nothing ]; then
+    stages="pretrain mqa 1qa"
+    start=null
+fi
+for stage in $stages; do
+    if [ ! -e "$out/$stage/final" ]; then
+        "$python" train.py experiment=smollm2 "stage=$stage" "checkpoint=$start" "output=$out/$stage" resume=auto "$@"
+    fi
+    start=$out/$stage
+done
+if [ "$stages" != "mqa 1qa" ] && [ ! -e "$out/reader" ]; then
+    "$python" -m shine.cli.main tune-reader "$out/reader" experiment=smollm2 stage=mqa stage.steps=100 stage.warmup_steps=10 "$@"
+fi
+echo "trained: $start; score it with: sh examples/smollm2/score.sh $out/scores $start"
