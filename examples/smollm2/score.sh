@@ -7,7 +7,7 @@
 #   folder      where the results are written: outputs/smollm2-scores
 #   checkpoint  what is scored: smollm2-135m, the shipped one
 #   reader      the LoRA of In-Context, tuned: the shipped one
-#   KEY=VALUE   for the two tests, as for test.py: backbone.device=cuda data.test.squad.limit=20
+#   KEY=VALUE   for both tests, as for test.py: backbone.device=cuda batch_size=64
 #
 # Reads data/squad and data/wikitext ($SHINE_DATA instead of data): sh scripts/download_data.sh squad wikitext
 set -eu
@@ -22,7 +22,8 @@ python=${PYTHON:-.venv/bin/python}
 
 "$python" test.py experiment=smollm2 "checkpoint=$checkpoint" "reader=$reader" "output=$out/test" \
     "methods=[shine,in_context,in_context_tuned,only_question]" max_new_tokens=32 "$@"
-"$python" test_pretrain.py experiment=smollm2 "checkpoint=$checkpoint" "output=$out/test_pretrain" "$@"
+"$python" test_pretrain.py experiment=smollm2 "checkpoint=$checkpoint" "output=$out/test_pretrain" \
+    stage.context_length=320 "$@"
 "$python" -m shine.cli.main trust "$checkpoint" --contexts 32 --squad "${SHINE_DATA:-data}/squad" \
     --knowledge examples/knowledge.jsonl --output "$out/trust"
 "$python" -m shine.cli.main report "$out/test" "$out/test_pretrain" --output "$out/report"

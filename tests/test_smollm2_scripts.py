@@ -1,0 +1,80 @@
+"""``examples/smollm2/*.sh``: which commands they give, that each composes, and that a stage which is done is not done again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shine.cli.doors import composed
+from shine.config import EvaluationConfig, TrainConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "examples" / "smollm2"
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> Path:
+    """A stand-in for the interpreter that writes down what it is given, and makes ``final`` as a stage that ends does."""
+    program = tmp_path / "python"
+    code = (
+        f"#!{sys.executable}\n"
+        "import pathlib, sys\n"
+        f"with open({str(tmp_path / 'log')!r}, 'a') as log: log.write('\\t'.join(sys.argv[1:]) + '\\n')\n"
+        "for word in sys.argv[1:]:\n"
+        "    if word.startswith('output=') and sys.argv[1] == 'train.py':\n"
+        "        (pathlib.Path(word.removeprefix('output=')) / 'final').mkdir(parents=True)\n"
+    )
+    program.write_text(code)
+    program.chmod(0o755)
+    return program
+
+
+def commands(script: str, *arguments: str | Path, recorder: Path) -> list[list[str]]:
+    """What a script ran."""
+    log = recorder.parent / "log"
+    log.unlink(missing_ok=True)
+    environment = {**os.environ, "PYTHON": str(recorder)}
+    subprocess.run(["sh", FOLDER / script, *arguments], check=True, env=environment, capture_output=True)
+    return [line.split("\t") for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def test_training_goes_on_from_what_is_shipped(tmp_path: Path, recorder: Path) -> None:
+    """Two stages, each from the one before; given again, nothing is left to do."""
+    out = tmp_path / "out"
+    found = commands("train.sh", out, "smollm2-135m", "stage.steps=7", recorder=recorder)
+    assert [command[0] for command in found] == ["train.py", "train.py"]
+    assert [command[2:5] for command in found] == [
+        ["stage=mqa", "checkpoint=smollm2-135m", f"output={out}/mqa"],
+        ["stage=1qa", f"checkpoint={out}/mqa", f"output={out}/1qa"],
+    ]
+    for command in found:
+        assert command[-2:] == ["resume=auto", "stage.steps=7"]
+        assert composed(TrainConfig, "train", command[1:]).stage.steps == 7
+    assert commands("train.sh", out, "smollm2-135m", recorder=recorder) == []
+
+
+def test_training_from_nothing_makes_the_reader_too(tmp_path: Path, recorder: Path) -> None:
+    out = tmp_path / "out"
+    found = commands("train.sh", out, "nothing", recorder=recorder)
+    assert [command[2] for command in found[:3]] == ["stage=pretrain", "stage=mqa", "stage=1qa"]
+    assert found[0][3] == "checkpoint=null"
+    assert found[3][:4] == ["-m", "shine.cli.main", "tune-reader", f"{out}/reader"]
+    for command in found[:3]:
+        assert composed(TrainConfig, "train", command[1:]).backbone.path == "smollm2-135m"
+    assert composed(TrainConfig, "train", [f"output={out}/reader", *found[3][4:]]).stage.name == "mqa"
+
+
+def test_scoring_asks_all_four_methods_and_looks_for_side_effects(tmp_path: Path, recorder: Path) -> None:
+    found = commands("score.sh", tmp_path / "out", "smollm2-135m", "here/reader", "batch_size=3", recorder=recorder)
+    programs = [command[2] if command[0] == "-m" else command[0] for command in found]
+    assert programs == ["test.py", "test_pretrain.py", "trust", "report"]
+    config = composed(EvaluationConfig, "test", found[0][1:])
+    assert config.methods == ("shine", "in_context", "in_context_tuned", "only_question")
+    assert (config.reader, config.batch_size, set(config.data.test)) == ("here/reader", 3, {"squad", "worlds"})
+    texts = composed(EvaluationConfig, "test_pretrain", found[1][1:])
+    assert texts.stage.context_length >= 300
+    assert texts.data.test["wikitext"].options["lengths"] == [100, 200, 300]
