@@ -1,113 +1,198 @@
-"""How many questions a second are answered, with contexts side by side against one by one.
+"""An evaluation: contexts side by side, one by one, and as the published recipe does it, in turns on the same questions.
 
     python benchmarks/evaluate.py                                      # SmolLM2-135M on invented stories
-    python benchmarks/evaluate.py sets=squad data.test.squad.path=data/squad --contexts 16 --rounds 5
+    python benchmarks/evaluate.py --model qwen3-8b --tokenizer models/Qwen3-8B --contexts 16 sets=squad
 
-The contexts are different ones of like length, as an evaluation puts them together. Both ways encode the contexts, wear their
-adapters and answer greedily through what ``test.py`` runs; they take turns. Without ``checkpoint=`` the hypernetwork is a random
-one: what it knows does not change how long it takes. The machine's own rates stand above, and below what they would allow.
+The contexts are different ones of like length, as an evaluation puts them together. All ways encode the contexts, wear their
+adapters and answer greedily through what ``test.py`` runs. Ours encodes a context once for all its questions, in bfloat16,
+without padding; the recipe in float32, padded to the maximum (``stage.context_length``, 1,150 tokens), anew for each question. The
+hypernetwork is a random one: what it knows does not change how long it takes. Useful tokens are those of the contexts, each once,
+of the questions and of the answers. That both ways do the same is looked at twice: at their adapters, and at the loss of one way's
+answers under both.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import median
 
 import torch
-from machine import alternate, configured, ratio_with_spread, show_limits
+from machine import alternate, configured, peak_memory, ratio_with_spread, show_limits
+from recipe import RecipeShine
+from subject import MODELS, QWEN3, Subject, load
+from torch.nn import functional as F
 
 from shine.chat import token_ids
-from shine.checkpoint import load_hypernetwork
 from shine.config import EvaluationConfig
 from shine.data.examples import Example
 from shine.data.sources import read_named
 from shine.data.tally import Tally
 from shine.evaluation import qa
-from shine.evaluation.methods import Method, Shine, Speaker
-from shine.hypernetwork import Hypernetwork
-from shine.loading import load_backbone
-from shine.pretrained import without_progress_bars
+from shine.evaluation.methods import Asked, Method, Shine, Speaker
+from shine.flops import answering_flops, encoding_flops
+from shine.lora import LoRA
+from shine.pretrained import load_tokenizer
+from shine.zoo import resolve
+
+MOST_APART, FARTHEST = 0.02, 0.25
+"""What bfloat16 may change of the loss of the same answers, and of an adapter, relative to its norm (0.25: a cosine of 0.97)."""
 
 
-class Runner:
-    """The two ways, with the time that each part of each run took."""
+class Way:
+    """One way to evaluate, with the time that each part of each run took and what was answered.
 
-    def __init__(self, method: Method, examples: Sequence[Example], config: EvaluationConfig) -> None:
-        self.method, self.examples, self.config = method, examples, config
-        self.clocks: dict[int, list[qa.Clock]] = {}
-        self.answers: dict[int, list[str]] = {}
+    Args:
+        size: contexts side by side; zero: each question by itself, its context encoded again.
+    """
 
-    def run(self, size: int) -> None:
-        """Encode and answer ``size`` contexts at a time."""
-        clock, config = qa.Clock(), replace(self.config, batch_size=size)
-        rows = []
-        for start in range(0, len(self.examples), size):
-            group = self.examples[start : start + size]
-            rows += qa.predict(self.method, "set", group, config, kind="squad", conversations=False, clock=clock)
-        self.clocks.setdefault(size, []).append(clock)
-        self.answers[size] = [row.prediction for row in rows]
+    def __init__(self, method: Method, examples: Sequence[Example], config: EvaluationConfig, *, size: int) -> None:
+        self.method, self.config = method, replace(config, batch_size=max(size, 1))
+        alone = [replace(example, turns=(turn,)) for example in examples for turn in example.turns]
+        self.groups = (
+            [[example] for example in alone] if size == 0 else [examples[n : n + size] for n in range(0, len(examples), size)]
+        )
+        self.clocks: list[qa.Clock] = []
+        self.answers: list[str] = []
+
+    def __call__(self) -> None:
+        clock, rows = qa.Clock(), []
+        for group in self.groups:
+            rows += qa.predict(self.method, "set", group, self.config, kind="squad", conversations=False, clock=clock)
+        self.clocks.append(clock)
+        self.answers = [row.prediction for row in rows]
+
+    @torch.inference_mode()
+    def adapter(self) -> LoRA:
+        """That of the first context."""
+        self.method.prepare(self.groups[0])
+        assert self.method.lora is not None
+        return self.method.lora.select([0])
+
+    @torch.inference_mode()
+    def loss(self, texts: Sequence[str]) -> float:
+        """Mean loss a token of these answers to the questions, in their order."""
+        speaker, remaining, losses = self.method.speaker, iter(texts), []
+        for group in self.groups:
+            self.method.prepare(group)
+            for index, example in enumerate(group):
+                for number, turn in enumerate(example.turns):
+                    asked = Asked(index, turn.question, turn=number)
+                    prompt, answer = self.method.prompt(asked), token_ids(speaker.tokenizer, next(remaining)) or [0]
+                    ids, _ = speaker.batch([prompt + answer])
+                    hidden = speaker.backbone.hidden(ids, None, lora=self.method.worn([asked]))
+                    logits = speaker.backbone.logits(hidden[0, len(prompt) - 1 : -1]).float()
+                    losses.append(F.cross_entropy(logits, ids[0, len(prompt) :], reduction="none"))
+        return float(torch.cat(losses).mean())
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contexts", type=int, default=16, help="side by side (default: %(default)s)")
-    parser.add_argument("--questions", type=int, default=1, help="at most, of each context (default: %(default)s)")
+    parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="for a Qwen3 shape, which has none (default: SmolLM2's)")
+    parser.add_argument("--contexts", type=int, default=8, help="side by side (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=2, help="at most, of each context (default: %(default)s)")
+    parser.add_argument("--new", type=int, default=16, help="tokens of an answer, at most (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="timed ones (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", help="as for test.py")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--without-recipe", action="store_true", help="leave the published way out")
+    parser.add_argument("overrides", nargs="*", help="of the data, as for test.py: sets=squad data.test.squad.path=data/squad")
     args = parser.parse_intermixed_args()
     config = configured(
-        EvaluationConfig,
-        "test",
-        ["hypernetwork.rank=6", "hypernetwork.meta_rank=32", "sets=stories", "max_new_tokens=32", *args.overrides],
+        EvaluationConfig, "test", ["sets=stories", "stage.context_length=1150", *args.overrides, f"max_new_tokens={args.new}"]
     )
-    with without_progress_bars():
-        backbone, tokenizer = load_backbone(config.backbone, targets=config.hypernetwork.targets)
-    torch.manual_seed(config.seed)
-    hypernetwork = Hypernetwork(config.hypernetwork, backbone).to(backbone.device)
-    if config.checkpoint is not None:
-        hypernetwork = load_hypernetwork(config.checkpoint, backbone, config=config.hypernetwork)
-    speaker = Speaker(backbone, tokenizer, config.prompts, config.backbone.baseline_prefix)
+    subject = load(args.model, device=args.device, precise=not args.without_recipe)
+    tokenizer = load_tokenizer(resolve(args.tokenizer or ("smollm2-135m" if args.model in QWEN3 else args.model)))
+    speaker = Speaker(subject.backbone, tokenizer, config.prompts)
+    try:
+        examples = alike(config, speaker, contexts=args.contexts, questions=args.questions)
+    except ValueError as error:
+        parser.error(str(error))
+    rates = show_limits(subject.backbone, rows=(1, args.contexts, 256))
+    method = Shine("shine", speaker, subject.hypernetwork)
+    together = f"{args.contexts} side by side"
+    ways = {together: Way(method, examples, config, size=args.contexts), "one by one": Way(method, examples, config, size=1)}
+    if subject.precise is not None:
+        precise = replace(speaker, backbone=subject.precise)
+        theirs = RecipeShine("recipe", precise, subject.hypernetwork, context_length=config.stage.context_length)
+        # The last: it brings the weights in float32 to the device, which the peaks of the others must not count.
+        ways["recipe"] = Way(theirs, examples, config, size=0)
+    peaks = {}
+    for name, way in ways.items():
+        if name == "recipe":
+            way.method.speaker.backbone.model.to(subject.device)
+        peaks[name] = peak_memory(way, subject.device)
+    seconds = alternate(dict[str, Callable[[], object]](ways), rounds=args.rounds, device=subject.device, warm_up=0)
+    show(subject, ways, seconds, peaks, rate=rates[256, subject.backbone.dtype])
+    limit = rates[args.contexts, subject.backbone.dtype] / rates[1, subject.backbone.dtype]
+    print(f"The products of a decoding step alone would allow {limit:.1f} times as many questions a second side by side.")
+
+
+def alike(config: EvaluationConfig, speaker: Speaker, *, contexts: int, questions: int) -> list[Example]:
+    """Neighbours in length, as an evaluation puts them together, from the middle of those that are there.
+
+    Raises:
+        ValueError: there are not so many.
+    """
     tally, length = Tally(), config.stage.context_length
     found = read_named(config.data.test, "data.test", tally=tally)
-    usable = qa.usable_examples(found, tokenizer, context_length=length, questions=True, tally=tally)
-    ranked = sorted(itertools.islice(usable, 10 * args.contexts), key=lambda example: len(token_ids(tokenizer, example.context)))
-    if len(ranked) < args.contexts:
-        parser.error(f"data.test holds {len(ranked)} contexts with questions: set --contexts to at most that")
-    # Neighbours in length, as an evaluation puts them together; from the middle.
-    first = (len(ranked) - args.contexts) // 2
-    examples = [replace(example, turns=example.turns[: args.questions]) for example in ranked[first : first + args.contexts]]
-    rates = show_limits(backbone, rows=(1, args.contexts, 256))
-    runner = Runner(Shine("shine", speaker, hypernetwork), examples, config)
-    together, alone = f"{args.contexts} at a time", "one by one"
-    runs = {together: lambda: runner.run(args.contexts), alone: lambda: runner.run(1)}
-    seconds = alternate(runs, rounds=args.rounds, device=backbone.device)
-    show(runner, seconds, sizes={together: args.contexts, alone: 1})
-    limit = rates[args.contexts, backbone.dtype] / rates[1, backbone.dtype]
-    print(f"The products of a decoding step alone would allow {limit:.1f} times as many questions a second.")
+    usable = qa.usable_examples(found, speaker.tokenizer, context_length=length, questions=True, tally=tally)
+    few = itertools.islice(usable, 10 * contexts)
+    ranked = sorted(few, key=lambda example: len(token_ids(speaker.tokenizer, example.context)))
+    if len(ranked) < contexts:
+        raise ValueError(f"data.test holds {len(ranked)} contexts with questions: set --contexts to at most that")
+    first = (len(ranked) - contexts) // 2
+    return [replace(example, turns=example.turns[:questions]) for example in ranked[first : first + contexts]]
 
 
-def show(runner: Runner, seconds: dict[str, list[float]], *, sizes: dict[str, int]) -> None:
-    """Print both ways, the ratio of their rates with its spread, and the same for each part."""
-    count = sum(len(example.turns) for example in runner.examples)
-    for name, size in sizes.items():
-        clocks = runner.clocks[size][-len(seconds[name]) :]
-        encode, answer = (statistics.median(getattr(clock, part) for clock in clocks) for part in ("encode", "answer"))
-        median = statistics.median(seconds[name])
-        print(f"{name}: {count / median:.2f} questions/s ({median:.1f} s: encoding {encode:.1f}, answering {answer:.1f})")
-    together, alone = (runner.clocks[size][-len(seconds[name]) :] for name, size in sizes.items())
-    parts = {
-        part: ratio_with_spread(*([getattr(c, part) for c in clocks] for clocks in (alone, together)))
-        for part in ("encode", "answer")
-    }
-    first, second = sizes
-    print(f"times as many questions a second: {ratio_with_spread(seconds[second], seconds[first])}")
-    print(f"of it encoding: {parts['encode']}; answering: {parts['answer']}")
-    same = sum(a == b for a, b in zip(*runner.answers.values(), strict=True))
-    print(f"{same} of {count} answers are the same to the letter")
+def show(subject: Subject, ways: dict[str, Way], seconds: dict[str, list[float]], peaks: dict[str, int], *, rate: float) -> None:
+    """Print every way, and the ratios of ours to the others with their spread, whole and by part."""
+    together, *others = ways
+    ours = ways[together]
+    useful, flops, questions = work(subject, ours)
+    print(f"\n{subject.name}: {questions} questions, {useful:,} useful tokens, {flops / 1e12:.2f} TFLOP")
+    for name, way in ways.items():
+        clocks = way.clocks[-len(seconds[name]) :]
+        encode, answer = (median(getattr(clock, part) for clock in clocks) for part in ("encode", "answer"))
+        spent = median(seconds[name])
+        print(
+            f"  {name:16} {spent:8.3f} s (encoding {encode:.3f}, answering {answer:.3f})  {useful / spent:7,.0f} useful tokens/s  "
+            f"{questions / spent:6.2f} questions/s  peak {peaks[name] / 2**30:6.2f} GiB"
+        )
+    print(f"  share of the bfloat16 matrix rate: {flops / median(seconds[together]) / rate:.0%}")
+    for name in others:
+        parts = [
+            ratio_with_spread(*([getattr(c, part) for c in way.clocks[-len(seconds[name]) :]] for way in (ways[name], ours)))
+            for part in ("encode", "answer")
+        ]
+        whole = ratio_with_spread(seconds[name], seconds[together])
+        print(f"  against {name}: {whole} times as fast; encoding {parts[0].median:.2f}, answering {parts[1].median:.2f}")
+        same = sum(a == b for a, b in zip(ours.answers, ways[name].answers, strict=True))
+        print(f"  {same} of {questions} answers are the same to the letter")
+    if "recipe" in ways:
+        losses = [way.loss(ways["recipe"].answers) for way in (ours, ways["recipe"])]
+        apart, away = abs(losses[0] - losses[1]) / losses[1], ways["recipe"].adapter().distance(ours.adapter())
+        print(f"  losses of the recipe's answers {losses[0]:.4f} and {losses[1]:.4f}, {apart:.2%} apart; adapters {away:.1%}")
+        if apart > MOST_APART or away > FARTHEST:
+            raise SystemExit("the two ways do not compute the same: that is more than rounding explains")
+
+
+def work(subject: Subject, way: Way) -> tuple[int, float, int]:
+    """Useful tokens and arithmetic of a way that encodes each context once, and how many questions it answered."""
+    tokenizer, rank = way.method.speaker.tokenizer, subject.hypernetwork.layout.rank
+    useful, flops, answers = 0, 0.0, iter(way.answers)
+    for example in (example for group in way.groups for example in group):
+        read = len(token_ids(tokenizer, example.context))
+        useful, flops = useful + read, flops + encoding_flops(subject.backbone, subject.hypernetwork, read=read)
+        for number, turn in enumerate(example.turns):
+            prompt = len(way.method.prompt(Asked(0, turn.question, turn=number)))
+            # The end of the answer is written too.
+            new = len(token_ids(tokenizer, next(answers))) + 1
+            useful, flops = useful + prompt + new, flops + answering_flops(subject.backbone, prompt=prompt, new=new, rank=rank)
+    return useful, flops, len(way.answers)
 
 
 if __name__ == "__main__":

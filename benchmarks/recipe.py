@@ -1,9 +1,9 @@
-"""The training step as the published recipe does it, for comparison.
+"""The training step, and the evaluation, as the published recipe does them, for comparison.
 
 float32 (on CUDA with TF32); each batch padded to the maximum lengths of the stage; vocabulary logits of every context position,
 which nobody reads, and of every position of the conversation, labelled or not; one sample a micro-batch, with a synchronisation
-after each; PyTorch's fused attention. It wears its LoRAs by our hooks, which project the linears of one input together: in this it
-is faster than what it stands for.
+after each; one question after the other, whose context is encoded again for each; PyTorch's fused attention. It wears its LoRAs by
+our hooks, which project the linears of one input together: in this it is faster than what it stands for.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from shine.backbone import Backbone
-from shine.chat import IGNORE
+from shine.chat import IGNORE, token_ids
 from shine.data.batching import pad_left
 from shine.data.samples import Sample
+from shine.evaluation.methods import Shine, Speaker
 from shine.flops import training_flops
 from shine.hypernetwork import Hypernetwork
+from shine.lora import LoRA
 
 
 def recipe_step(
@@ -61,14 +63,38 @@ def recipe_loss(
     hypernetwork: Hypernetwork, backbone: Backbone, sample: Sample, *, context_length: int, conversation_length: int
 ) -> Tensor:
     """Sum of the losses of one sample's labels."""
-    context_ids, context_mask = _padded(sample.context_ids, context_length, value=0, device=backbone.device)
     input_ids, input_mask = _padded(sample.input_ids, conversation_length, value=0, device=backbone.device)
     targets, _ = _padded(sample.labels, conversation_length, value=IGNORE, device=backbone.device)
-    with _logits_of_the_context(backbone):
-        lora = hypernetwork(backbone, context_ids, context_mask)
+    lora = recipe_lora(hypernetwork, backbone, sample.context_ids, context_length=context_length)
     with backbone.wearing(lora):
         logits = backbone.model(input_ids=input_ids, attention_mask=input_mask, use_cache=False).logits
     return F.cross_entropy(logits[0, :-1], targets[0, 1:], ignore_index=IGNORE, reduction="sum")
+
+
+def recipe_lora(hypernetwork: Hypernetwork, backbone: Backbone, context: Sequence[int], *, context_length: int) -> LoRA:
+    """The adapter of one context, padded to the maximum, with logits that nobody reads."""
+    ids, mask = _padded(context, context_length, value=0, device=backbone.device)
+    with _logits_of_the_context(backbone):
+        return hypernetwork(backbone, ids, mask)
+
+
+class RecipeShine(Shine):
+    """SHINE as the published evaluation runs it; it prepares one context at a time.
+
+    Args:
+        speaker: of a backbone in float32.
+        context_length: to which contexts are padded.
+    """
+
+    def __init__(self, name: str, speaker: Speaker, hypernetwork: Hypernetwork, *, context_length: int) -> None:
+        super().__init__(name, speaker, hypernetwork)
+        self.context_length = context_length
+
+    def adapters(self) -> LoRA:
+        (example,) = self.examples
+        context = token_ids(self.speaker.tokenizer, example.context)
+        with tf32():
+            return recipe_lora(self.hypernetwork, self.speaker.backbone, context, context_length=self.context_length)
 
 
 def recipe_flops(backbone: Backbone, hypernetwork: Hypernetwork, *, context_length: int, conversation_length: int) -> float:

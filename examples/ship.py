@@ -94,12 +94,7 @@ def ship(
 @torch.no_grad()
 def _apart(before: LoRA, after: LoRA) -> float:
     """The largest distance between the updates of a context, relative to the first one's norm."""
-    distances = []
-    for index in range(before.batch):
-        ours, theirs = before.select([index]), after.select([index])
-        square = ours.inner(ours) + theirs.inner(theirs) - 2 * ours.inner(theirs)
-        distances.append((max(square, 0.0) / ours.inner(ours)) ** 0.5)
-    return max(distances)
+    return max(before.select([index]).distance(after.select([index])) for index in range(before.batch))
 
 
 def main() -> None:

@@ -45,6 +45,15 @@ def forward_flops(backbone: Backbone, *, tokens: int, predicted: int) -> float:
     return linears + 2 * _attention(backbone) * tokens**2 + 2 * predicted * _vocabulary(backbone)
 
 
+def answering_flops(backbone: Backbone, *, prompt: int, new: int, rank: int) -> float:
+    """Writing ``new`` tokens after ``prompt`` ones with a KV cache, under a LoRA of ``rank`` (zero: without one).
+
+    The last token written is not read.
+    """
+    tokens = prompt + new - 1
+    return forward_flops(backbone, tokens=tokens, predicted=new) + 2 * tokens * adapter_parameters(backbone, rank)
+
+
 def fine_tuning_flops(backbone: Backbone, *, tokens: int, predicted: int, rank: int) -> float:
     """A training step of an ordinary LoRA of ``rank`` on one sequence of the frozen model."""
     linears = (4 * _weights(backbone.layers) + 6 * adapter_parameters(backbone, rank)) * tokens

@@ -273,6 +273,11 @@ class LoRA(Mapping[str, tuple[Tensor, Tensor]]):
             total += float(((a[0].double().T @ other_a) * (b[0].double() @ other_b.T)).sum())
         return total
 
+    def distance(self, other: LoRA) -> float:
+        """Norm of what another single update is away from this one, relative to this one's norm; see `inner`."""
+        square = self.inner(self)
+        return math.sqrt(max(square + other.inner(other) - 2 * self.inner(other), 0.0) / square)
+
     def effective_rank(self) -> Tensor:
         """Mean over samples and linears of exp(entropy of the update's normalised singular values), between 1 and r.
 

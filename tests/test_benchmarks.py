@@ -5,24 +5,29 @@ from __future__ import annotations
 import copy
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_hypernetwork_config, tiny_model
 from generate import conversation
-from recipe import recipe_loss
+from recipe import RecipeShine, recipe_lora, recipe_loss
 from subject import load, tokens
 
 from shine.backbone import Backbone
 from shine.config import BackboneConfig
 from shine.data.batching import collate
+from shine.data.examples import Example
 from shine.data.samples import Sample
+from shine.evaluation.methods import Method
 from shine.hypernetwork import Hypernetwork
 from shine.loading import load_backbone
 from shine.lora import LoRA
 from shine.training.step import label_losses
 from shine.zoo import ASSETS
+
+RECIPE_ADAPTERS = RecipeShine.adapters
 
 
 def test_the_recipes_loss_and_gradients_are_ours() -> None:
@@ -138,3 +143,47 @@ def test_both_conversations_say_the_same() -> None:
     kept, anew = (talks[name]() for name in ("kept", "anew"))
     assert kept.shape == (1, 3 * (8 + 4))
     assert torch.equal(kept, anew)
+
+
+def test_an_evaluation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The recipe encodes a context for each of its questions, ours once for all, and both say the same."""
+    encoded: list[str] = []
+    prepare = Method.prepare
+
+    def counted(self: Method, examples: Sequence[Example]) -> None:
+        encoded.extend([self.name] * len(examples))
+        prepare(self, examples)
+
+    monkeypatch.setattr(Method, "prepare", counted)
+    words = ["--contexts", "3", "--questions", "2", "--new", "4", "sets=worlds", "stage.context_length=64"]
+    said = run("evaluate", words, monkeypatch, capsys)
+    # Each way once for its peak, once timed; ours (side by side) and the recipe's once more for the loss and the first of each
+    # for its adapter.
+    assert (encoded.count("shine"), encoded.count("recipe")) == (3 * 2 * 2 + 3 + 3, 6 * 2 + 6 + 1)
+    rates = re.findall(r"^  (3 side by side|one by one|recipe) +[\d.]+ s .* ([\d,]+) useful tokens/s", said, flags=re.M)
+    assert [name for name, _ in rates] == ["3 side by side", "one by one", "recipe"]
+    losses = re.search(r"losses of the recipe's answers ([\d.]+) and ([\d.]+)", said)
+    assert losses is not None
+    assert float(losses[1]) == pytest.approx(float(losses[2]), rel=0.02)
+    assert re.search(r"against recipe: [\d.]+ \(.*\) times as fast; encoding [\d.]+, answering [\d.]+", said)
+
+
+def test_evaluations_that_say_something_else_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The recipe under an adapter of a strength that nobody asked for."""
+    monkeypatch.setattr("recipe.RecipeShine.adapters", lambda self: RECIPE_ADAPTERS(self).scale(1.4))
+    words = ["--contexts", "2", "--questions", "1", "--new", "4", "sets=worlds", "stage.context_length=64"]
+    with pytest.raises(SystemExit, match="do not compute the same"):
+        run("evaluate", words, monkeypatch, capsys)
+
+
+def test_the_recipes_adapter_is_ours() -> None:
+    """In float32, padded by more than its length."""
+    torch.manual_seed(0)
+    backbone = Backbone(tiny_model())
+    hypernetwork = Hypernetwork(tiny_hypernetwork_config(), backbone)
+    context = list(range(40, 60))
+    theirs = recipe_lora(hypernetwork, backbone, context, context_length=50)
+    ours = hypernetwork(backbone, torch.tensor([context]), None)
+    for path, pair in ours.items():
+        for expected, found in zip(pair, theirs[path], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

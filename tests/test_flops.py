@@ -14,7 +14,7 @@ from shine.backbone import Backbone
 from shine.config import HypernetworkConfig, M2PConfig
 from shine.data.batching import collate
 from shine.data.samples import Sample
-from shine.flops import encoding_flops, fine_tuning_flops, forward_flops, training_flops
+from shine.flops import answering_flops, encoding_flops, fine_tuning_flops, forward_flops, training_flops
 from shine.hypernetwork import Hypernetwork
 from shine.training.step import label_losses
 
@@ -95,3 +95,18 @@ def test_encoding_and_the_plain_model(pair: tuple[Backbone, Hypernetwork]) -> No
     left_out = other_side(backbone, read) + mixing(backbone, hypernetwork)
     assert found == encoding_flops(backbone, hypernetwork, read=READ) + left_out
     assert plain == forward_flops(backbone, tokens=READ, predicted=READ) + other_side(backbone, READ)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_answer(pair: tuple[Backbone, Hypernetwork], rank: int) -> None:
+    """With a KV cache, and logits of the prompt's last position alone."""
+    backbone, hypernetwork = pair
+    prompt, new = 12, 5
+    ids = torch.arange(prompt)[None] + 10
+    lora = hypernetwork(backbone, torch.arange(READ)[None], None) if rank else None
+    assert rank in (0, hypernetwork.layout.rank)
+    options = {"max_new_tokens": new, "min_new_tokens": new, "stop_ids": None, "pad_id": 0}
+    found = counted_flops(lambda: backbone.generate(ids, torch.ones_like(ids), lora=lora, **options))
+    # PyTorch's count does not know the fused attention of the tokens that are written.
+    decoding = other_side(backbone, prompt + new - 1) - other_side(backbone, prompt)
+    assert found == answering_flops(backbone, prompt=prompt, new=new, rank=rank) + other_side(backbone, prompt) - decoding

@@ -220,6 +220,8 @@ def test_inner_is_that_of_the_flattened_updates(ranks: tuple[int, int], seed: in
     flat = [torch.cat([update.flatten() for update in updates(lora).values()]) for lora in (one, other)]
     assert one.inner(other) == pytest.approx(float(flat[0] @ flat[1]))
     assert one.inner(one) == pytest.approx(float(flat[0].square().sum()))
+    assert one.distance(other) == pytest.approx(float((flat[0] - flat[1]).norm() / flat[0].norm()))
+    assert one.distance(one) == pytest.approx(0, abs=1e-6)
 
 
 def test_inner_is_of_two_single_updates_of_one_backbone() -> None:
