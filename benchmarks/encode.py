@@ -5,6 +5,7 @@
 
 The plain pass is the backbone's own over context and memory tokens, without vocabulary logits. Encoding does more: the meta LoRA in
 every linear and the M2P transformer at the end. How much more is arithmetic (`shine.flops`); what the time adds beyond it is ours.
+Below stands the published recipe's way for contexts that it has room for: float32, padded to the maximum, with vocabulary logits.
 """
 
 from __future__ import annotations
@@ -14,10 +15,15 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from machine import Ratio, alternate, peak_memory, ratio_with_spread, show_limits
+from machine import Ratio, alternate, peak_memory, ratio_with_spread, show_limits, tf32
+from recipe import FARTHEST, recipe_lora
 from subject import MODELS, Subject, load, tokens
 
 from shine.flops import encoding_flops, forward_flops
+from shine.lora import LoRA
+
+PADDED = 1150
+"""To how many tokens the recipe pads a context."""
 
 
 def main() -> None:
@@ -29,8 +35,9 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--without-recipe", action="store_true", help="leave the published way out")
     args = parser.parse_args()
-    subject = load(args.model, device=args.device)
+    subject = load(args.model, device=args.device, precise=not args.without_recipe)
     rates = show_limits(subject.backbone, rows=args.lengths)
     print(f"\n{args.model}, {subject.hypernetwork.memory_tokens.shape[0]} memory tokens")
     head = f"{'context':>8} {'encoding':>10} {'a token':>10} {'plain pass':>11} {'times as long':>28}"
@@ -44,6 +51,40 @@ def main() -> None:
         rate = rates[length, subject.backbone.dtype]
         print(_line(subject, length, spent=spent, plain=median(plain), ratio=ratio, peak=peak, rate=rate), flush=True)
     print(f"\na token of {args.lengths[-1]:,} takes {a_token[-1] / a_token[0]:.2f} times as long as one of {args.lengths[0]:,}")
+    if subject.precise is not None:
+        for length in (length for length in args.lengths if length <= PADDED):
+            against_the_recipe(subject, length, rounds=args.rounds)
+
+
+def against_the_recipe(subject: Subject, length: int, *, rounds: int) -> None:
+    """Our encoding and the recipe's in turns, and how far their adapters are apart; more than rounding ends the program."""
+    assert subject.precise is not None
+    precise, hypernetwork, found = subject.precise, subject.hypernetwork, dict[str, LoRA]()
+    precise.model.to(subject.device)
+    ids = tokens(1, length, subject.backbone)
+    context = ids[0].tolist()
+
+    @torch.inference_mode()
+    def ours() -> None:
+        found["ours"] = hypernetwork(subject.backbone, ids, None)
+
+    @torch.inference_mode()
+    def theirs() -> None:
+        with tf32():
+            found["theirs"] = recipe_lora(hypernetwork, precise, context, context_length=PADDED)
+
+    ours()
+    peak = peak_memory(theirs, subject.device)
+    seconds = alternate({"ours": ours, "theirs": theirs}, rounds=rounds, device=subject.device, warm_up=0)
+    away = found["theirs"].distance(found["ours"])
+    rates = [length / median(seconds[name]) for name in ("ours", "theirs")]
+    print(
+        f"a context of {length:,} against the recipe: {rates[0]:,.0f} and {rates[1]:,.0f} useful tokens/s, "
+        f"{ratio_with_spread(seconds['theirs'], seconds['ours'])} times as fast; peak of the recipe {peak / 2**30:.2f} GiB; "
+        f"adapters {away:.1%} apart"
+    )
+    if away > FARTHEST:
+        raise SystemExit("the two ways do not compute the same: that is more than rounding explains")
 
 
 def measure(subject: Subject, length: int, *, rounds: int) -> tuple[list[float], list[float], int]:

@@ -21,7 +21,7 @@ from statistics import median
 
 import torch
 from machine import alternate, configured, peak_memory, ratio_with_spread, show_limits
-from recipe import RecipeShine
+from recipe import FARTHEST, RecipeShine
 from subject import MODELS, QWEN3, Subject, load
 from torch.nn import functional as F
 
@@ -37,8 +37,8 @@ from shine.lora import LoRA
 from shine.pretrained import load_tokenizer
 from shine.zoo import resolve
 
-MOST_APART, FARTHEST = 0.02, 0.25
-"""What bfloat16 may change of the loss of the same answers, and of an adapter, relative to its norm (0.25: a cosine of 0.97)."""
+MOST_APART = 0.02
+"""What bfloat16 may change of the loss of the same answers."""
 
 
 class Way:

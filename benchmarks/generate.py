@@ -3,7 +3,9 @@
     python benchmarks/generate.py                                      # SmolLM2-135M, on two cores
     python benchmarks/generate.py --model qwen3-8b --batch 16
 
-Every way writes the same number of new tokens after the same prompts, greedily, with a KV cache.
+Every way writes the same number of new tokens after the same prompts, greedily, with a KV cache. The recipe's way is one question
+after the other in float32; what encoding anew for each question costs beside is in ``evaluate.py``. Useful tokens are those of the
+questions and of the answers.
 """
 
 from __future__ import annotations
@@ -11,15 +13,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
-from machine import alternate, peak_memory, ratio_with_spread, show_limits
+from machine import alternate, peak_memory, ratio_with_spread, show_limits, tf32
 from subject import MODELS, Subject, load, tokens
 from torch import Tensor
+from torch.nn import functional as F
 
 from shine.backbone import Backbone
+from shine.flops import answering_flops
 from shine.lora import LoRA
 from shine.prompt_cache import PromptCache
+
+RECIPE = "recipe: one by one, float32"
+MOST_APART = 0.03
+"""What bfloat16 may change of the loss of what was written."""
 
 
 def main() -> None:
@@ -33,17 +42,29 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8, help="of a conversation (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--without-recipe", action="store_true", help="leave the published way out")
     args = parser.parse_args()
-    subject = load(args.model, device=args.device)
+    subject = load(args.model, device=args.device, precise=not args.without_recipe)
     rates = show_limits(subject.backbone, rows=(1, args.batch))
     print(f"\n{args.model}: {args.batch} questions of {args.prompt} tokens, {args.new} new tokens each")
     with torch.inference_mode():
         lora = subject.hypernetwork(subject.backbone, tokens(args.batch, args.context, subject.backbone), None)
     ways = answering(subject, lora, prompt=args.prompt, new=args.new)
-    seconds = alternate(ways, rounds=args.rounds, device=subject.device)
+    peaks, said = first_answers(ways, subject)
+    seconds = alternate(dict[str, Callable[[], object]](ways), rounds=args.rounds, device=subject.device, warm_up=0)
+    useful = args.batch * (args.prompt + args.new)
     for name, times in seconds.items():
-        ratio = ratio_with_spread(seconds["one by one"], times)
-        print(f"{name:34} {median(times):8.3f} s  {args.batch / median(times):7.2f} answers/s  {ratio} times as fast as one by one")
+        spent, ratio = median(times), ratio_with_spread(seconds["one by one"], times)
+        print(
+            f"{name:34} {spent:8.3f} s  {args.batch / spent:6.2f} answers/s  {useful / spent:6,.0f} useful tokens/s  "
+            f"peak {peaks[name] / 2**30:5.2f} GiB  {ratio} times as fast as one by one"
+        )
+    flops = args.batch * answering_flops(subject.backbone, prompt=args.prompt, new=args.new, rank=lora.rank)
+    share = flops / median(seconds["side by side"]) / rates[args.batch, subject.backbone.dtype]
+    print(f"share of the bfloat16 matrix rate at {args.batch} rows, side by side: {share:.0%}")
+    if RECIPE in ways:
+        print(f"against the recipe: {ratio_with_spread(seconds[RECIPE], seconds['side by side'])} times as fast")
+        compare(subject, lora, said[RECIPE], prompt=args.prompt)
     talks = conversation(subject, lora.select([0]), turns=args.turns, prompt=args.prompt, new=args.new)
     spent = alternate(talks, rounds=args.rounds, device=subject.device)
     print(
@@ -52,36 +73,74 @@ def main() -> None:
     )
     limit = rates[args.batch, subject.backbone.dtype] / rates[1, subject.backbone.dtype]
     print(f"The products of a decoding step alone would allow {limit:.1f} times as many answers a second side by side.")
-    print(f"peak, side by side: {peak_memory(ways['side by side'], subject.device) / 2**30:.2f} GiB")
 
 
-def answering(subject: Subject, lora: LoRA, *, prompt: int, new: int) -> dict[str, Callable[[], object]]:
-    """Ways to answer one question under each adapter of ``lora``; each takes the whole batch through."""
+def answering(subject: Subject, lora: LoRA, *, prompt: int, new: int) -> dict[str, Callable[[], Tensor]]:
+    """Ways to answer one question under each adapter of ``lora``; each takes the whole batch through and returns what it wrote.
+
+    The recipe's, where the subject has weights for it, is the last: it brings them to the device.
+    """
     questions = tokens(lora.batch, prompt, subject.backbone)
     seen = torch.ones_like(questions)
+    options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "stop_ids": None, "pad_id": 0}
 
-    def generate(backbone: Backbone, rows: slice, lora: LoRA | None) -> None:
-        backbone.generate(questions[rows], seen[rows], lora=lora, max_new_tokens=new, min_new_tokens=new, stop_ids=None, pad_id=0)
+    def generate(backbone: Backbone, rows: slice, lora: LoRA | None) -> Tensor:
+        return backbone.generate(questions[rows], seen[rows], lora=lora, **options)
 
     rows = [slice(number, number + 1) for number in range(lora.batch)]
     alone = [lora.select([number]) for number in range(lora.batch)]
     merged = subject.backbone.merged(alone[0])
 
-    def one_by_one() -> None:
-        for row, adapter in zip(rows, alone, strict=True):
-            generate(subject.backbone, row, adapter)
+    def one_by_one(backbone: Backbone) -> Tensor:
+        return torch.cat([generate(backbone, row, adapter) for row, adapter in zip(rows, alone, strict=True)])
 
-    def one_by_one_merged() -> None:
-        for row in rows:
-            generate(merged, row, None)
+    def as_published() -> Tensor:
+        assert subject.precise is not None
+        subject.precise.model.to(subject.device)
+        with tf32():
+            return one_by_one(subject.precise)
 
-    return {
-        "one by one": one_by_one,
-        "one by one, one adapter merged": one_by_one_merged,
+    ways: dict[str, Callable[[], Tensor]] = {
+        "one by one": lambda: one_by_one(subject.backbone),
+        "one by one, one adapter merged": lambda: torch.cat([generate(merged, row, None) for row in rows]),
         "side by side": lambda: generate(subject.backbone, slice(None), lora),
         "side by side, one adapter merged": lambda: generate(merged, slice(None), None),
         "side by side, no adapter": lambda: generate(subject.backbone, slice(None), None),
     }
+    if subject.precise is not None:
+        ways[RECIPE] = as_published
+    return ways
+
+
+def first_answers(ways: dict[str, Callable[[], Tensor]], subject: Subject) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Each way once, as its warm-up: its peak memory, and what it wrote. What does not fit is said and left out of ``ways``."""
+    peaks, said = {}, {}
+    for name, way in list(ways.items()):
+        try:
+            peaks[name] = peak_memory(lambda name=name, way=way: said.update({name: way()}), subject.device)
+        except torch.OutOfMemoryError:
+            print(f"{name}: out of memory")
+            del ways[name]
+    return peaks, said
+
+
+@torch.inference_mode()
+def compare(subject: Subject, lora: LoRA, written: Tensor, *, prompt: int) -> None:
+    """Say how far the losses of what the recipe wrote are apart, side by side in bfloat16 and as the recipe computes it; more than
+    rounding ends the program."""
+    assert subject.precise is not None
+    ids = torch.cat([tokens(lora.batch, prompt, subject.backbone), written], dim=1)
+
+    def loss(backbone: Backbone) -> float:
+        hidden = backbone.hidden(ids, None, lora=lora)[:, prompt - 1 : -1]
+        return float(F.cross_entropy(backbone.logits(hidden).float().flatten(0, 1), written.flatten()))
+
+    with tf32():
+        ours, theirs = loss(subject.backbone), loss(subject.precise)
+    apart = abs(ours - theirs) / theirs
+    print(f"losses of what the recipe wrote {ours:.4f} and {theirs:.4f}, {apart:.2%} apart")
+    if apart > MOST_APART:
+        raise SystemExit("the two ways do not compute the same: that is more than rounding explains")
 
 
 def conversation(subject: Subject, lora: LoRA, *, turns: int, prompt: int, new: int) -> dict[str, Callable[[], Tensor]]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_hypernetwork_config, tiny_model
-from generate import conversation
+from generate import compare, conversation
 from recipe import RecipeShine, recipe_lora, recipe_loss
 from subject import load, tokens
 
@@ -126,11 +126,35 @@ def test_encoding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     said = run("encode", ["--lengths", "32", "64"], monkeypatch, capsys)
     assert re.search(r"^ +64 +[\d.]+ s", said, flags=re.M)
     assert re.search(r"a token of 64 takes [\d.]+ times as long as one of 32", said)
+    against = re.findall(
+        r"a context of (\d+) against the recipe: .* ([\d.]+) \(.*\) times as fast; .* adapters ([\d.]+)% apart", said
+    )
+    assert [length for length, *_ in against] == ["32", "64"]
+    assert all(0 < float(away) < 25 for *_, away in against)
+
+
+def test_encodings_and_answers_that_differ_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The recipe's adapter four times as strong; and the recipe's answers under no adapter of a model that is another one."""
+    monkeypatch.setattr("encode.recipe_lora", lambda *given, **more: recipe_lora(*given, **more).scale(4.0))
+    with pytest.raises(SystemExit, match="do not compute the same"):
+        run("encode", ["--lengths", "32"], monkeypatch, capsys)
+    subject = load("cpu-world", device="cpu", precise=True)
+    assert subject.precise is not None
+    with torch.no_grad():
+        subject.precise.model.get_input_embeddings().weight.mul_(-1)
+        lora = subject.hypernetwork(subject.backbone, tokens(2, 40, subject.backbone), None)
+    with pytest.raises(SystemExit, match="do not compute the same"):
+        compare(subject, lora, tokens(2, 5, subject.backbone), prompt=8)
 
 
 def test_answering(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     said = run("generate", ["--batch", "2", "--context", "40", "--new", "2", "--prompt", "8", "--turns", "3"], monkeypatch, capsys)
-    assert said.count("answers/s") == 5
+    assert said.count("answers/s") == 6
+    losses = re.search(r"losses of what the recipe wrote ([\d.]+) and ([\d.]+)", said)
+    assert losses is not None
+    assert float(losses[1]) == pytest.approx(float(losses[2]), rel=0.03)
+    assert re.search(r"against the recipe: [\d.]+ \(.*\) times as fast", said)
+    assert re.search(r"share of the bfloat16 matrix rate at 2 rows, side by side: \d+%", said)
     assert re.search(r"a conversation of 3 turns: [\d.]+ s with what earlier turns computed kept, [\d.]+ s without", said)
 
 
