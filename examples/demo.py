@@ -109,14 +109,14 @@ def main() -> None:
         f"The best constant answer to each kind of question is right {sum(map(guess_rate, kinds)) / len(kinds):.1f} % of the time."
     )
     show_answers(OUTPUT / "test" / PREDICTIONS_FILE, examples[:3])
+    panels = [("Shipped, single questions", scores["test"]), ("Shipped, conversations", scores["test_pwc"])]
+    draw_report(OUTPUT / "demo.png", runs=runs, scores=panels)
     print(
         "\n4. Conversations about text in plain English, on SmolLM2-135M. What this hypernetwork reaches and what it cannot do: "
         "shine/assets/smollm2-135m/README.md",
         flush=True,
     )
     held = converse_about_text("smollm2-135m", ROOT / "examples" / "conversations.jsonl")
-    panels = [("Shipped, single questions", scores["test"]), ("Shipped, conversations", scores["test_pwc"])]
-    draw_report(OUTPUT / "demo.png", runs=runs, scores=panels)
     report = {
         "methods": {name: {"em": found["em"], "f1": found["f1"]} for name, found in scores["test"].items()},
         "conversations": held,

@@ -246,6 +246,12 @@ def test_wikitext_can_be_cut_to_lengths(tmp_path: Path) -> None:
     assert [example.id for example in found][:2] == ["One#1", "One#2"]
     with pytest.raises(ValueError, match="whole numbers of tokens"):
         read("wikitext", folder, options={"lengths": [0]})
+    once = read("wikitext", folder, options={"lengths": [4, 10], "of_each": 1})
+    assert [example.id.partition("#")[2] for example in once] == ["1"] * len({e.id.partition("#")[0] for e in once})
+    assert {example.id for example in once} & {example.id for example in found}
+    for odd in ({"lengths": [4], "of_each": 0}, {"of_each": 1}):
+        with pytest.raises(ValueError, match="how many pieces of an article, at least one"):
+            read("wikitext", folder, options=odd)
 
 
 def test_a_folder_of_text_files_is_a_source(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from test_evaluation import evaluation_config, write_examples
 from test_scores import answer, timed_methods
 
 from shine.backbone import Backbone
-from shine.checkpoint import CheckpointInfo, save_hypernetwork
+from shine.chat import token_ids
+from shine.checkpoint import CheckpointInfo, load_hypernetwork, save_hypernetwork
 from shine.cli.main import main
 from shine.config import BackboneConfig, FineTuningConfig, StageConfig
 from shine.evaluation import plots
@@ -28,6 +29,7 @@ from shine.evaluation.results import PREDICTIONS_FILE, SUMMARY_FILE, read_jsonl
 from shine.evaluation.run import evaluate
 from shine.evaluation.scores import compare_methods
 from shine.hypernetwork import Hypernetwork
+from shine.pretrained import load_model, load_tokenizer
 
 METHODS = ("shine", "in_context", "only_question")
 
@@ -61,6 +63,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, config in configs.items():
         evaluate(replace(config, output=str(folders[name])))
     return folders
+
+
+def tmp_path_of(results: dict[str, Path]) -> Path:
+    """The folder that the evaluations share with their model and data."""
+    return results["first"].parent
 
 
 def table(page: str, title: str) -> list[list[str]]:
@@ -206,6 +213,32 @@ def test_the_way_stands_on_the_page(results: dict[str, Path], tmp_path: Path) ->
     ]
     main(["report", str(results["sweep"]), "--output", str(tmp_path / "sweep")])
     assert "The way from" not in (tmp_path / "sweep" / "report.md").read_text()
+
+
+def test_adapters_of_different_contexts_are_held_against_each_other(results: dict[str, Path], tmp_path: Path) -> None:
+    """The page has the mean cosine of the pairs of each batch, computed again."""
+    summary = json.loads((results["first"] / SUMMARY_FILE).read_text())
+    found = summary["sources"]["mine"]["methods"]
+    assert [name for name, scores in found.items() if "adapters" in scores] == ["shine"]
+    rows = [json.loads(line) for line in (tmp_path_of(results) / "mine.jsonl").read_text().splitlines()]
+    backbone = Backbone(load_model(str(tmp_path_of(results) / "backbone"), dtype=torch.float32))
+    hypernetwork = load_hypernetwork(tmp_path_of(results) / "checkpoint", backbone)
+    tokenizer = load_tokenizer(str(tmp_path_of(results) / "backbone"))
+    flat = []
+    texts = sorted((token_ids(tokenizer, row["context"])[:40] for row in rows), key=len)
+    for text in texts:
+        ids = torch.tensor([text])
+        with torch.no_grad():
+            lora = hypernetwork(backbone, ids, None)
+        flat.append(torch.cat([(a[0] @ b[0]).flatten() for a, b in lora.values()]))
+    size = summary["config"]["batch_size"]
+    within = [(i, j) for i in range(len(texts)) for j in range(i) if i // size == j // size]
+    pairs = [float(torch.nn.functional.cosine_similarity(flat[i], flat[j], dim=0)) for i, j in within]
+    assert found["shine"]["adapters"]["pairs"] == len(within) > 0
+    assert found["shine"]["adapters"]["cosine"] == pytest.approx(exact.mean(pairs), abs=1e-4)
+    main(["report", str(results["first"]), "--output", str(tmp_path / "report")])
+    shown = table((tmp_path / "report" / "report.md").read_text(), "Adapters of different contexts")
+    assert shown[1][:3] == ["first", "mine", f"{exact.mean(pairs):.2f}"]
 
 
 def test_every_line_of_a_picture_is_told_from_the_others(results: dict[str, Path]) -> None:

@@ -12,6 +12,7 @@ from shine.evaluation.scores import (
     compare_methods,
     compare_recall,
     grouped,
+    summarise_adapters,
     summarise_answers,
     summarise_recall,
     summarise_times,
@@ -131,6 +132,17 @@ def test_shares_and_lengths_are_counted() -> None:
     assert (found["intervals"]["right"], found["intervals"]["wrong"]) == ([0.0, 50.0], [0.0, 100.0])
     assert {bound: group["questions"] for bound, group in found["lengths"].items()} == {"10": 2, "20": 2}
     assert {turn: group["f1"] for turn, group in found["turns"].items()} == {"1": 50.0, "2": 0.0}
+
+
+def test_adapters_are_compared_within_their_batch() -> None:
+    timings = [
+        {"cosines": 1.2, "pairs": 3, "effective_ranks": 6.0, "adapters": 3},
+        {"cosines": 0.0, "pairs": 0, "effective_ranks": 1.0, "adapters": 1},
+        {"encode": 0.0},
+    ]
+    assert summarise_adapters(timings) == {"adapters": {"cosine": pytest.approx(0.4), "pairs": 3, "effective_rank": 1.75}}
+    assert summarise_adapters(timings[1:2]) == {"adapters": {"cosine": None, "pairs": 0, "effective_rank": 1.0}}
+    assert summarise_adapters(timings[2:]) == {}
 
 
 def test_times_are_of_a_context_an_adapter_and_a_question() -> None:

@@ -68,6 +68,9 @@ def test_articles_are_taken_by_title(tmp_path: Path) -> None:
     assert [e.context for e in read("squad", folder, options={"titles": ["b", "a"]})] == ["first", "second"]
     with pytest.raises(ValueError, match=r"squad: has no article c; mend options\.titles"):
         read("squad", folder, options={"titles": ["b", "c"]})
+    for odd in ("b", []):
+        with pytest.raises(ValueError, match=r"options\.titles=.*: give a list of articles"):
+            read("squad", folder, options={"titles": odd})
     nameless = squad_folder(tmp_path / "nameless", title=["a", None, "b"])
     with pytest.raises(ValueError, match="row 2: title is None, not a text"):
         read("squad", nameless, options={"titles": ["b"]})

@@ -99,6 +99,15 @@ def test_a_way_has_the_interval_of_a_ratio_estimator() -> None:
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * 100 * 0.5 / 20, rel=0.06)
 
 
+def test_a_way_that_few_contexts_make_has_an_interval() -> None:
+    """Four of 200 contexts are right in context, none without: one resample in fifty has none of them, and would be 0 / 0."""
+    right = Totals({str(n): (100.0 * (n < 4), 1) for n in range(200)})
+    none = Totals({str(n): (0.0, 1) for n in range(200)})
+    found = way(none, floor=none, ceiling=right)
+    assert found is not None
+    assert (found.value, found.low, found.high) == (0, 0, 0)
+
+
 def test_there_is_no_way_to_a_ceiling_that_is_not_higher() -> None:
     """Not beyond chance: as often below the floor as above it."""
     floor = Totals({str(n): (10.0, 1) for n in range(40)})

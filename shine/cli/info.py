@@ -30,13 +30,14 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _info(args: argparse.Namespace) -> None:
     path = Path(args.path).expanduser()
-    if not path.is_dir():
+    if args.path == path.name:
+        # Imported here because it brings transformers, seconds that the folder of an adapter should not take.
         from shine.zoo import HYPERNETWORKS
 
-        if args.path not in HYPERNETWORKS:
-            what = "is a file" if path.is_file() else "no such folder"
-            raise ValueError(f"{args.path}: {what}; give the folder of an adapter or a checkpoint")
-        path = HYPERNETWORKS[args.path]
+        path = HYPERNETWORKS.get(args.path, path)
+    if not path.is_dir():
+        what = "is a file" if path.is_file() else "no such folder"
+        raise ValueError(f"{args.path}: {what}; give the folder of an adapter or a checkpoint")
     found = _adapter(path) or _checkpoint(path)
     if args.json:
         print_json(found)

@@ -174,6 +174,7 @@ def _page(
         yield from ["", f"## {plots.TIME}", *_picture(plots.TIME, pictures)]
         yield from ["", "## Differences between methods, F1", "", *_difference_table(answering)]
         yield from _way_table(answering)
+        yield from _adapter_table(answering)
         yield from _judge_tables(answering)
     if recalling:
         yield from ["", "## Texts given back", "", *_recall_table(recalling)]
@@ -267,7 +268,7 @@ def _way_table(runs: Sequence[Run]) -> Iterator[str]:
     rows = []
     for run in runs:
         for source, found in run.summary["sources"].items():
-            for method, ceilings in found["ways"].items():
+            for method, ceilings in found.get("ways", {}).items():
                 for ceiling, scores in ceilings.items():
                     cells = [title_of(method), title_of(ceiling), shown_way(scores["em"]), shown_way(scores["f1"])]
                     rows.append(_line([run.name, source, *cells]))
@@ -277,6 +278,31 @@ def _way_table(runs: Sequence[Run]) -> Iterator[str]:
         yield from rows
         yield from ["", "100 is as good as seeing the context, 0 as Only Question. none to go: the other end is not above Only "]
         yield "Question beyond chance."
+
+
+def _adapter_table(runs: Sequence[Run]) -> Iterator[str]:
+    """How unlike the adapters of different contexts are; nothing where no hypernetwork made any."""
+    rows = [
+        _line(
+            [
+                run.name,
+                source,
+                *(f"{value:.2f}" if value is not None else "" for value in (found["cosine"], found["effective_rank"])),
+            ]
+        )
+        for run in runs
+        for source, scored in run.summary["sources"].items()
+        for found in (scores["adapters"] for scores in scored["methods"].values() if "adapters" in scores)
+    ]
+    if rows:
+        yield from [
+            "",
+            "## Adapters of different contexts",
+            "",
+            *_head(["run", "set", "mean cosine", "effective rank"], left=2),
+            *rows,
+        ]
+        yield from ["", "Of every two contexts of a batch. A cosine near 1 means collapse: every context gets the same adapter."]
 
 
 def _recall_difference_table(runs: Sequence[Run]) -> Iterator[str]:

@@ -37,6 +37,7 @@ from shine.evaluation.tables import answer_table, recall_table, show, way_table
 from shine.files import file_written_beside
 from shine.fingerprint import fingerprint
 from shine.loading import load_backbone
+from shine.lora import LoRA
 from shine.training.distributed import Ranks, join_ranks
 from shine.training.provenance import versions
 from shine.training.reader import read_reader
@@ -221,6 +222,17 @@ def _add_tensors(digest: hashlib._Hash, tensors: Mapping[str, torch.Tensor]) -> 
         digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
+def spread(lora: LoRA) -> dict[str, float]:
+    """Of the adapters of one batch: the sum of the cosines of every two, how many pairs that is, and the sum of effective ranks."""
+    cosine, pairs = lora.cosine(), lora.batch * (lora.batch - 1) // 2
+    return {
+        "cosines": float(cosine.triu(diagonal=1).sum()),
+        "pairs": pairs,
+        "effective_ranks": float(lora.effective_rank()) * lora.batch,
+        "adapters": lora.batch,
+    }
+
+
 class _Evaluation:
     """One evaluation on one rank."""
 
@@ -271,6 +283,8 @@ class _Evaluation:
             "asked": len(rows),
             "adapter_bytes": method.adapter_bytes,
         }
+        if isinstance(method, Shine) and method.lora is not None:
+            timing |= spread(method.lora)
         self.folder.append(self.ranks.rank, unit, [asdict(row) for row in rows], timing)
 
     def _finish(self) -> dict[str, Any]:
@@ -303,7 +317,8 @@ class _Evaluation:
         for name, method in self.methods.items():
             mine[name] = [row for row in rows if (row["source"], row["method"]) == (source, name)]
             result = summarise(mine[name], bounds=bounds)
-            methods[name] = {**result, **scores.summarise_times([row for row in timings if row["method"] == name], result)}
+            mine_timed = [row for row in timings if row["method"] == name]
+            methods[name] = {**result, **scores.summarise_times(mine_timed, result), **scores.summarise_adapters(mine_timed)}
             if isinstance(method, FineTuned):
                 methods[name]["conversations_learned"] = method.learned(source, found.examples)
         compared = scores.compare_recall(mine) if recalled else scores.compare_methods(mine, methods)

@@ -117,6 +117,18 @@ def summarise_times(timings: Sequence[Row], scores: Mapping[str, Any]) -> dict[s
     }
 
 
+def summarise_adapters(timings: Sequence[Row]) -> dict[str, Any]:
+    """How unlike the adapters of different contexts are, where a hypernetwork made them: the mean cosine of every two of one batch,
+    ``None`` where each batch had one context, and the mean effective rank."""
+    measured = [row for row in timings if "pairs" in row]
+    if not measured:
+        return {}
+    cosines, pairs, ranks, made = (
+        sum(row[name] for row in measured) for name in ("cosines", "pairs", "effective_ranks", "adapters")
+    )
+    return {"adapters": {"cosine": cosines / pairs if pairs else None, "pairs": pairs, "effective_rank": ranks / made}}
+
+
 def compare_recall(rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     """How much each method is ahead of each that comes after it in giving texts back, with intervals, by task.
 

@@ -76,7 +76,9 @@ def way(ours: Totals, *, floor: Totals, ceiling: Totals, seed: int = SEED) -> Es
     mine, low, high = _drawn_together(ours, floor, ceiling, seed=seed)
     if _estimate(high - low).low <= 0:
         return None
-    return _estimate(100 * (mine - low) / (high - low))
+    # The few resamples that leave no way, at most one in forty, would have no share of it.
+    drawn = high > low
+    return _estimate(100 * (mine[drawn] - low[drawn]) / (high[drawn] - low[drawn]))
 
 
 def _drawn_together(*results: Totals, seed: int) -> list[np.ndarray]:

@@ -26,12 +26,14 @@ def read_squad(
     SQuAD 2.0 has questions without an answer: they come without one.
 
     Args:
-        titles: the articles to take, as the column ``title`` names them; an error where one of them is not there.
+        titles: the articles to take, as the column ``title`` names them; an error at the end of the split where one was not there.
         pad_to: put each passage among others of the split, so many that contexts have this many tokens on average (published: 512,
             1,024 and 2,048).
         seed: of which others, and in which order.
     """
     columns = {"id": str, "context": str, "question": str, "answers": Mapping}
+    if isinstance(titles, str) or (titles is not None and not titles):
+        raise ValueError(f"options.titles={titles!r}: give a list of articles, as in [Geology,Islamism]")
     if titles is None:
         rows = parsed(source, columns, _squad_row)
     else:

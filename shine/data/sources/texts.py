@@ -24,22 +24,26 @@ def read_text(source: Source, *, column: str = "text") -> Iterator[Example]:
     return (Example(id=f"{source.config.split}-{index}", context=text) for index, text in enumerate(rows))
 
 
-def read_wikitext(source: Source, *, lengths: Sequence[int] = ()) -> Iterator[Example]:
+def read_wikitext(source: Source, *, lengths: Sequence[int] = (), of_each: int | None = None) -> Iterator[Example]:
     """WikiText (``Salesforce/wikitext``), whose rows are lines: one example an article, its title the id.
 
     Args:
         lengths: cut each article into pieces of at most so many tokens, taking these lengths in turn over all articles. The rest
             of an article that is shorter than its turn's length is left out, so that each length is really tested.
+        of_each: at most so many pieces of each article, for pieces of one article are much alike.
     """
     if not all(isinstance(length, int) and length > 0 for length in lengths):
         raise ValueError(f"options.lengths={list(lengths)}: whole numbers of tokens, above zero")
+    if of_each is not None and (of_each < 1 or not lengths):
+        raise ValueError(f"options.of_each={of_each}: how many pieces of an article, at least one, and lengths to cut them to")
     rows = parsed(source, {"text": str}, lambda row, place: row["text"])
     wanted = itertools.cycle(lengths)
     for title, article in _articles(rows):
         if not lengths:
             yield Example(title, article)
             continue
-        for number, piece in enumerate(_pieces(article, wanted, source), start=1):
+        pieces = itertools.islice(_pieces(article, wanted, source), of_each)
+        for number, piece in enumerate(pieces, start=1):
             yield Example(f"{title}#{number}", piece)
 
 
