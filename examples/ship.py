@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -17,15 +18,20 @@ from pathlib import Path
 import torch
 
 from shine.chat import token_ids
-from shine.checkpoint import load_hypernetwork, read_info, read_weights, save_hypernetwork
+from shine.checkpoint import find_checkpoint, is_unfinished, load_hypernetwork, read_info, read_weights, save_hypernetwork
 from shine.data.batching import pad_left
 from shine.data.worlds import World
 from shine.fingerprint import fingerprint
 from shine.loading import load_backbone
 from shine.lora import LoRA
 from shine.training.monitor import METRICS_FILE
+from shine.training.state import RUN_FILE
+from shine.training.tuning import TRAINING_FILE
 from shine.zoo import ASSETS
 
+PARTS = ("backbone", "hypernetwork", "reader", "training")
+"""Folders of a model in the package that are written here."""
+RECIPE_FILE = "recipe.json"
 LARGEST = 60e6
 """Bytes that one model may add to the package."""
 MOST_ROUNDED = 0.05
@@ -45,19 +51,22 @@ def ship(
 
     Args:
         made: a run's output folder, or a checkpoint in it.
-        place: the model's folder in the package; what it holds beside the parts written here stays.
+        place: the model's folder in the package; each of `PARTS` is replaced, or goes if it is not given; what else it holds stays.
         backbone: a folder that ships with it; without one the checkpoint's own backbone, which users get by its name.
         dtype: store what was trained in this type.
         reader: the LoRA of *In-Context, tuned* that it is scored against, stored likewise.
-        runs: the training runs behind it, oldest first; their metrics are kept in ``training/``.
+        runs: the training runs behind it, oldest first; their metrics and recipes are kept in ``training/``.
 
     Returns:
         How far the adapters of 16 invented worlds moved by storing, relative to their norm (the largest).
 
     Raises:
-        ValueError: there is nothing to ship, it is larger than `LARGEST`, or its adapters moved by more than `MOST_ROUNDED`.
+        ValueError: there is nothing to ship, or a step of a run that has not ended; it is larger than `LARGEST`, or its adapters
+            moved by more than `MOST_ROUNDED`.
     """
     info = read_info(made)
+    if is_unfinished(find_checkpoint(made)):
+        raise ValueError(f"{find_checkpoint(made)}: a step of a run that has not ended; ship its end")
     if info is None:
         raise ValueError(f"{made}: a released checkpoint says nothing of its training; ship one of ours")
     found = replace(info.backbone, path=info.backbone.path if backbone is None else str(backbone), device="cpu")
@@ -69,30 +78,44 @@ def ship(
         save_hypernetwork(new / "hypernetwork", read_weights(made), named, dtype=dtype)
         texts = [token_ids(tokenizer, example.context) for example in World(seed=1).examples(16)]
         ids, mask = pad_left(texts, value=tokenizer.pad_token_id)
-        moved = _apart(*(load_hypernetwork(path, held)(held, ids, mask) for path in (made, new / "hypernetwork")))
+        moved = _largest_distance(*(load_hypernetwork(path, held)(held, ids, mask) for path in (made, new / "hypernetwork")))
         if moved > MOST_ROUNDED:
             raise ValueError(f"stored as {dtype}, adapters move by {moved:.1%} of their norm: leave --dtype out")
         if backbone is not None:
             shutil.copytree(backbone, new / "backbone")
         if reader is not None:
             LoRA.load(reader).save(new / "reader", dtype=dtype)
+            shutil.copyfile(reader / TRAINING_FILE, new / "reader" / TRAINING_FILE)
         for number, run in enumerate(runs, start=1):
-            name = f"{number}-{run.name.lstrip('0123456789-')}"
-            (new / "training" / name).mkdir(parents=True)
-            shutil.copyfile(run / METRICS_FILE, new / "training" / name / METRICS_FILE)
+            _keep_run(run, new / "training", number)
         size = sum(file.stat().st_size for file in new.rglob("*") if file.is_file())
         if size > LARGEST:
             raise ValueError(
                 f"{size / 1e6:.0f} MB are more than the {LARGEST / 1e6:.0f} MB that a model may add: store it in bfloat16"
             )
-        for part in list(new.iterdir()):
-            shutil.rmtree(place / part.name, ignore_errors=True)
-            part.rename(place / part.name)
+        for part in PARTS:
+            shutil.rmtree(place / part, ignore_errors=True)
+            if (new / part).exists():
+                (new / part).rename(place / part)
     return moved
 
 
+def _keep_run(run: Path, training: Path, number: int) -> None:
+    """What a card needs of a run, without the paths of the machine it ran on: a run's folder, or what was kept of one."""
+    kept = run / RECIPE_FILE
+    if kept.exists():
+        recipe = json.loads(kept.read_text(encoding="utf-8"))
+    else:
+        told = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+        recipe = {"stage": told["config"]["stage"], "seed": told["config"]["seed"], "versions": told["versions"]}
+    place = training / f"{number:02}-{recipe['stage']['name']}"
+    place.mkdir(parents=True)
+    shutil.copyfile(run / METRICS_FILE, place / METRICS_FILE)
+    (place / RECIPE_FILE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+
+
 @torch.no_grad()
-def _apart(before: LoRA, after: LoRA) -> float:
+def _largest_distance(before: LoRA, after: LoRA) -> float:
     """The largest distance between the updates of a context, relative to the first one's norm."""
     return max(before.select([index]).distance(after.select([index])) for index in range(before.batch))
 

@@ -24,6 +24,7 @@ from shine.files import restore
 from shine.fingerprint import Fingerprint
 from shine.hub import download, hub_id
 from shine.hypernetwork import Hypernetwork
+from shine.m2p import MEASURED
 from shine.parsing import parse
 from shine.released import RELEASED_FILES, is_released, read_released
 from shine.zoo import HYPERNETWORKS
@@ -153,7 +154,7 @@ def save_hypernetwork(
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {
-        name: tensor.detach().to("cpu", None if name.startswith("m2p.standard.") else dtype).contiguous()
+        name: tensor.detach().to("cpu", None if name.startswith(MEASURED) else dtype).contiguous()
         for name, tensor in weights.items()
     }
     save_file(tensors, directory / WEIGHTS_FILE)

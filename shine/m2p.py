@@ -51,6 +51,10 @@ class M2PLayer(nn.Module):
         return self.out(mixed.reshape(batch, layers, tokens, hidden))
 
 
+MEASURED = "m2p.standard."
+"""How the names of what a hypernetwork's `StateStandard` measured begin: not trained, and not to be rounded."""
+
+
 class StateStandard(nn.Module):
     """Takes off what memory states ``[B, L, M, H]`` have in common and brings each dimension of each layer to unit spread.
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shine.m2p import MEASURED
+
 RELEASED_FILES = ("mem_tokens.pt", "metanetwork.pth", "metalora.pth")
 _RELEASED_LAYER = {
     "self_attn.in_proj_weight": "qkv.weight",
@@ -98,7 +100,7 @@ def write_released(directory: Path, weights: Mapping[str, Tensor]) -> None:
         ValueError: it touches others.
     """
     weights = {name: tensor.detach().cpu() for name, tensor in weights.items()}
-    if any(name.startswith("m2p.standard.") for name in weights):
+    if any(name.startswith(MEASURED) for name in weights):
         raise ValueError("the published format has no place for m2p.standardise=true: keep this hypernetwork as it is")
     layers = sorted({int(name.split(".")[2]) for name in weights if name.startswith("meta_lora.")})
     wanted = {f"meta_lora.layers.{layer}.{linear}" for layer in layers for linear in _pairs()}

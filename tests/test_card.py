@@ -29,21 +29,26 @@ def module() -> ModuleType:
     return example("smollm2/card.py")
 
 
-def answers(scores: dict[str, float], *, em: dict[str, float]) -> dict[str, Any]:
+def answers(scores: dict[str, float], *, em: dict[str, float], cosine: float) -> dict[str, Any]:
     """What ``test.py`` sums up of twenty contexts with one question each, equal within a method."""
     rows = {method: [answer(str(n), scores[method], em=em[method]) for n in range(20)] for method in METHODS}
     times = [{"encode": 1.0, "answer": 1.0, "encoded": 1, "made": 1, "asked": 1, "adapter_bytes": 8}]
-    methods = {
-        name: {**(found := summarise_answers(mine, bounds=(10,))), **summarise_times(times, found)} for name, mine in rows.items()
-    }
-    return {"methods": methods, **compare_methods(rows, methods)}
+    methods: dict[str, Any] = {}
+    for name, mine in rows.items():
+        found = summarise_answers(mine, bounds=(10,))
+        methods[name] = {**found, **summarise_times(times, found)}
+    methods["shine"]["adapters"] = {"cosine": cosine, "pairs": 6, "effective_rank": 1.5}
+    return {"tally": "20 samples", "methods": methods, **compare_methods(rows, methods)}
 
 
-def write_scores(folder: Path, *, shine: float, worlds: float, perplexity_loss: float, cosine: float) -> Path:
-    """The three results that the card is made of."""
+def write_scores(folder: Path, place: Path, *, shine: float, worlds: float, perplexity_loss: float, cosine: float) -> Path:
+    """The three results that the card of the model in ``place`` is made of."""
     squad = {"shine": shine, "in_context": 0.2, "in_context_tuned": 0.5, "only_question": 0.1}
     invented = {"shine": worlds, "in_context": 0.4, "in_context_tuned": 0.9, "only_question": 0.02}
-    sources = {"squad": answers(squad, em=dict.fromkeys(METHODS, 0.0)), "worlds": answers(invented, em=invented)}
+    sources = {
+        "squad": answers(squad, em=dict.fromkeys(METHODS, 0.0), cosine=cosine),
+        "worlds": answers(invented, em=invented, cosine=cosine / 2),
+    }
     recalled = [text(str(n), perplexity_loss, task=task) for n in range(3) for task in ("reconstruct", "complete")]
     texts = {"wikitext": {"methods": {"shine": summarise_recall(recalled, bounds=(100,))}}}
     rate = {"value": 40.0, "low": 30.0, "high": 50.0}
@@ -51,11 +56,14 @@ def write_scores(folder: Path, *, shine: float, worlds: float, perplexity_loss: 
         "name": "invented worlds",
         "contexts": 8,
         "interference": {"changed": rate, "leak_on": rate},
-        "geometry": {"effective_rank": 1.5, "rank": 4, "cosine": {"mean": cosine}},
+        "knowledge": {"questions": 3, "kept_on": rate},
+        "unanswerable": {"questions": 0},
+        "decay": {"on": {"first_five": rate, "last_five": rate}},
     }
+    config = {"max_new_tokens": 32, "checkpoint": str(place / "hypernetwork"), "output": "/home/me"}
     for name, value in {
-        "test/summary.json": {"config": {"max_new_tokens": 32}, "sources": sources},
-        "test_pretrain/summary.json": {"sources": texts},
+        "test/summary.json": {"config": config, "sources": sources},
+        "test_pretrain/summary.json": {"config": config, "sources": texts},
         "trust/trust.json": {"sets": [trust]},
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -68,30 +76,41 @@ def place(tmp_path: Path) -> Path:
     """The folder of a model with two runs behind it."""
     config = tiny_hypernetwork_config()
     weights = Hypernetwork(config, Backbone(tiny_model())).state_dict()
-    told = CheckpointInfo(BackboneConfig(path="x"), config, ("pretrain", "mqa"), context_length=40)
-    save_hypernetwork(tmp_path / "model" / "hypernetwork", weights, told, dtype=torch.bfloat16)
-    for run in ("1-pretrain", "2-mqa"):
+    info = CheckpointInfo(BackboneConfig(path="x"), config, ("pretrain", "mqa"), context_length=40)
+    save_hypernetwork(tmp_path / "model" / "hypernetwork", weights, info, dtype=torch.bfloat16)
+    for run, stage in (("01-pretrain", "pretrain"), ("02-mqa", "mqa"), ("03-mqa", "mqa")):
         folder = tmp_path / "model" / "training" / run
         folder.mkdir(parents=True)
         rows: list[dict[str, float]] = [{"step": step, "loss": 4 - step / 100} for step in range(10, 100, 10)]
         watched = {"validation/squad/loss": 3.0, "validation/adapter_gap": 0.5, "validation/adapter_cosine": 0.7}
         rows += [{"step": step, **watched, "validation/squad/loss": 3 - step / 100} for step in (30, 60, 90)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        recipe = {"name": stage, "batch_size": 8, "context_length": 48, "conversation_length": 72, "learning_rate": 1e-3}
+        (folder / "recipe.json").write_text(json.dumps({"stage": recipe}))
+    (tmp_path / "model" / "reader").mkdir()
+    told = {"rank": 8, "alpha": 16, "stage": recipe, "losses": [3.0] * 10 + [2.0] * 20 + [1.0] * 10}
+    (tmp_path / "model" / "reader" / "training.json").write_text(json.dumps(told))
     return tmp_path / "model"
 
 
 def test_the_card_says_what_was_measured(module: ModuleType, place: Path, tmp_path: Path) -> None:
     """F1 40 on a way from 10 to 50 is 75 % of it; every target is reached."""
-    scores = write_scores(tmp_path / "scores", shine=0.4, worlds=0.7, perplexity_loss=1.0, cosine=0.5)
+    scores = write_scores(tmp_path / "scores", place, shine=0.4, worlds=0.7, perplexity_loss=1.0, cosine=0.5)
     page = module.write_card(scores, place).read_text(encoding="utf-8")
-    assert "It reaches 7 of the 7 targets" in page
+    assert "It reaches 6 of the 6 targets" in page
     assert "missed" not in page
     assert "| SHINE | 0.0 [0.0, 0.0] | 40.0 [40.0, 40.0] | 0 |" in page
-    assert "| *way, percent* | none to go | 75 [75, 75] | |" in page
+    assert "| *way, percent* | none to go | 75.0 [75.0, 75.0] | |" in page
     assert "| SHINE | 70.0 [70.0, 70.0] | 70.0 [70.0, 70.0] | 0 |" in page
-    assert "| SHINE | 2.7 [2.7, 2.7] | 2.7 [2.7, 2.7] |" in page
-    assert "| mqa | 90 | 3.20 | 2.10 (squad) | 0.30 | 0.50 | 0.70 |" in page
-    assert "| invented worlds, 8 contexts | 0.50 | 1.50 of 4 |" in page
+    assert "| SHINE | 2.7 [2.7, 2.7] | 2.7 [2.7, 2.7] | 2.7 [2.7, 2.7] |" in page
+    assert "| mqa | 90 x 8 | 48 / 72 | 0.001 | 2.40, 2.10 (squad) | 0.50 | 0.70 |" in page
+    assert "| mqa 2 | 90 x 8 |" in page
+    assert "40 steps of 8 contexts of the stage mqa at 0.001" in " ".join(page.split())
+    assert "its loss is 3.00 over the first ten steps, 2.00 half way, 1.00 over the last ten" in " ".join(page.split())
+    assert "| SQuAD, unseen articles | 0.500 | 1.50 |" in page
+    assert "of what the model knows by itself 40 [30, 50] % is still right" in page
+    assert "declines" not in page
+    assert "/home/me" not in (place / "scores.json").read_text()
     trained = re.search(r"\(([\d,]+) trained parameters", page)
     assert trained is not None
     expected = sum(p.numel() for p in Hypernetwork(tiny_hypernetwork_config(), Backbone(tiny_model())).parameters())
@@ -105,10 +124,17 @@ def test_the_card_says_what_was_measured(module: ModuleType, place: Path, tmp_pa
 
 def test_a_missed_target_is_called_so(module: ModuleType, place: Path, tmp_path: Path) -> None:
     """Above Only Question, below In-Context, a quarter of the way; and no way at all is none."""
-    scores = write_scores(tmp_path / "scores", shine=0.19, worlds=0.3, perplexity_loss=3.0, cosine=0.9)
+    scores = write_scores(tmp_path / "scores", place, shine=0.19, worlds=0.3, perplexity_loss=3.0, cosine=0.9)
     page = module.write_card(scores, place).read_text(encoding="utf-8")
     missed = [line.split("|")[1].strip() for line in page.splitlines() if line.endswith("**missed** |")]
     assert [line.split(":")[0].split(" ")[0] for line in missed] == ["SQuAD", "SQuAD", "reconstruction", "invented", "cosine"]
-    assert "| SQuAD: SHINE above Only Question (F1) | +9.0 [+9.0, +9.0] | reached |" in page
-    assert "It reaches 2 of the 7 targets" in page
+    assert "intervals apart | 19.0 [19.0, 19.0] against 10.0 [10.0, 10.0] | reached |" in page
+    assert "It reaches 1 of the 6 targets" in page
     assert "It misses 5 of its targets" in page
+
+
+def test_scores_of_another_hypernetwork_make_no_card(module: ModuleType, place: Path, tmp_path: Path) -> None:
+    scores = write_scores(tmp_path / "scores", tmp_path / "other", shine=0.4, worlds=0.7, perplexity_loss=1.0, cosine=0.5)
+    with pytest.raises(ValueError, match=r"scored .*other.*, not .*model.hypernetwork; run score\.sh on that"):
+        module.write_card(scores, place)
+    assert not (place / "README.md").exists()

@@ -66,11 +66,12 @@ def test_it_learns_to_read_and_is_scored(tiny_backbone_folder: str, tmp_path: Pa
     """Trained on worlds, saved, loaded by the evaluation; what it says depends on the context in the prompt."""
     stage = stage_config("mqa", steps=30, batch_size=4, micro_batch_size=2, learning_rate=2e-2)
     said: list[str] = []
-    lora = train_reader(train_config(tiny_backbone_folder, tmp_path / "run", stage=stage), rank=4, alpha=8.0, say=said.append)
+    made = train_reader(train_config(tiny_backbone_folder, tmp_path / "run", stage=stage), rank=4, alpha=8.0, say=said.append)
     losses = [float(line.split("loss ")[1].split()[0]) for line in said if line.startswith("reader ")]
+    assert losses == pytest.approx(made.losses, rel=1e-3)
     assert len(losses) == 30
     assert sum(losses[-5:]) < sum(losses[:5]) - 2
-    reader = str(lora.save(tmp_path / "reader"))
+    reader = str(made.lora.save(tmp_path / "reader"))
     write_examples(tmp_path / "mine.jsonl")
     config = evaluation_config(tiny_backbone_folder, tmp_path, methods=("in_context_tuned", "only_question"), reader=reader)
     (method, question) = load_methods(config)

@@ -129,9 +129,18 @@ def made(tmp_path: Path) -> Path:
     weights = Hypernetwork(config, Backbone(tiny_model())).state_dict()
     told = BackboneConfig(path=str(tmp_path / "backbone"), dtype="float32", device="cpu")
     save_hypernetwork(tmp_path / "run" / "final", weights, CheckpointInfo(told, config, ("pretrain",), context_length=40))
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    write_run(tmp_path / "run", stage="1qa")
     starting_lora(Backbone(tiny_model()), rank=2, generator=torch.Generator().manual_seed(0)).save(tmp_path / "reader")
+    (tmp_path / "reader" / "training.json").write_text('{"rank": 2}')
     return tmp_path
+
+
+def write_run(folder: Path, *, stage: str) -> None:
+    """What a training run leaves that is kept."""
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    config = {"stage": {"name": stage}, "seed": 3, "output": str(folder)}
+    (folder / "run.json").write_text(json.dumps({"config": config, "versions": {"torch": "2"}}))
 
 
 def test_what_ships_is_what_was_made(made: Path) -> None:
@@ -151,28 +160,36 @@ def test_what_ships_is_what_was_made(made: Path) -> None:
     assert {name for name, tensor in new.items() if tensor.dtype == torch.float32} == {"m2p.standard.mean", "m2p.standard.gain"}
     assert all(torch.equal(tensor, old[name].to(tensor.dtype)) for name, tensor in new.items())
     assert {a.dtype for a, _ in LoRA.load(place / "reader").values()} == {torch.bfloat16}
-    assert (place / "training" / "1-run" / "metrics.jsonl").read_text() == (made / "run" / "metrics.jsonl").read_text()
+    kept = place / "training" / "01-1qa"
+    assert (kept / "metrics.jsonl").read_text() == (made / "run" / "metrics.jsonl").read_text()
+    assert json.loads((kept / "recipe.json").read_text()) == {"stage": {"name": "1qa"}, "seed": 3, "versions": {"torch": "2"}}
+    assert (place / "reader" / "training.json").read_text() == '{"rank": 2}'
+    assert not any(str(made) in file.read_text(errors="ignore") for file in place.rglob("*.json") if "backbone" not in file.parts)
     assert Shine.from_pretrained(place / "hypernetwork", backbone=str(place / "backbone")).encode("Abro lives.").rank > 0
 
 
 def test_shipping_again_goes_on_from_what_is_there(made: Path) -> None:
-    """The runs that are kept in the package are named with the new one; cards and licences stay."""
+    """The runs kept in the package are named with the new one; what else is there stays, a reader that is not given goes."""
     place, ship = made / "assets" / "mine", example("ship.py").ship
-    ship(made / "run", place, runs=[made / "run"])
+    ship(made / "run", place, reader=made / "reader", runs=[made / "run"])
     (place / "LICENSE-WEIGHTS").write_text("stays")
-    (made / "again").mkdir()
-    (made / "again" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-    assert ship(made / "run", place, runs=[place / "training" / "1-run", made / "again"]) == 0
-    assert sorted(run.name for run in (place / "training").iterdir()) == ["1-run", "2-again"]
+    write_run(made / "again", stage="mqa")
+    assert ship(made / "run", place, runs=[place / "training" / "01-1qa", made / "again"]) == 0
+    assert sorted(run.name for run in (place / "training").iterdir()) == ["01-1qa", "02-mqa"]
+    assert not (place / "reader").exists()
     assert (place / "LICENSE-WEIGHTS").read_text() == "stays"
     assert not list(place.parent.glob("tmp*"))
 
 
 def test_what_must_not_ship_does_not(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too large, or moved too far by storing: what was there before is still there."""
+    """Not the end of a run, too large, or moved too far by storing: what was there before is still there."""
     place, module = made / "assets" / "mine", example("ship.py")
     module.ship(made / "run", place)
     kept = (place / "hypernetwork" / "hypernetwork.safetensors").read_bytes()
+    (made / "run" / "final").rename(made / "run" / "step-000007")
+    with pytest.raises(ValueError, match="step-000007: a step of a run that has not ended"):
+        module.ship(made / "run", place)
+    (made / "run" / "step-000007").rename(made / "run" / "final")
     monkeypatch.setattr(module, "MOST_ROUNDED", 1e-6)
     with pytest.raises(ValueError, match=r"adapters move by .* of their norm: leave --dtype out"):
         module.ship(made / "run", place, dtype=torch.bfloat16)

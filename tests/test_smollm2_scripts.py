@@ -37,7 +37,9 @@ def commands(script: str, *arguments: str | Path, recorder: Path) -> list[list[s
     """What a script ran."""
     log = recorder.parent / "log"
     log.unlink(missing_ok=True)
-    environment = {**os.environ, "PYTHON": str(recorder)}
+    for folder in ("squad", "race", "wikitext/wikitext-2-v1"):
+        (recorder.parent / "data" / folder).mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PYTHON": str(recorder), "SHINE_DATA": str(recorder.parent / "data")}
     subprocess.run(["sh", FOLDER / script, *arguments], check=True, env=environment, capture_output=True)
     return [line.split("\t") for line in log.read_text().splitlines()] if log.exists() else []
 
@@ -78,3 +80,15 @@ def test_scoring_asks_all_four_methods_and_looks_for_side_effects(tmp_path: Path
     texts = composed(EvaluationConfig, "test_pretrain", found[1][1:])
     assert texts.stage.context_length >= 300
     assert texts.data.test["wikitext"].options["lengths"] == [100, 200, 300]
+
+
+@pytest.mark.parametrize(("script", "missing"), [("train.sh", "race"), ("score.sh", "wikitext/wikitext-2-v1")])
+def test_data_that_is_missing_is_said_first(script: str, missing: str, tmp_path: Path, recorder: Path) -> None:
+    """Before anything runs for an hour."""
+    (tmp_path / "data" / "squad").mkdir(parents=True)
+    environment = {**os.environ, "PYTHON": str(recorder), "SHINE_DATA": str(tmp_path / "data")}
+    done = subprocess.run(["sh", FOLDER / script, tmp_path / "out"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    command = f"sh scripts/download_data.sh {missing.partition('/')[0]}"
+    assert done.stderr == f"error: there is no {tmp_path}/data/{missing}: {command}, or set SHINE_DATA\n"
+    assert not (tmp_path / "log").exists()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,13 @@ from shine.checkpoint import CheckpointInfo, read_info, read_weights
 from shine.evaluation.plots import STAGE_COLORS, read_metrics, smooth
 from shine.evaluation.statistics import Estimate
 from shine.evaluation.tables import title_of
+from shine.m2p import MEASURED
+from shine.training.tuning import TRAINING_FILE
 from shine.zoo import ASSETS
 
 PLACE = ASSETS / "smollm2-135m"
+Runs = Sequence[tuple[str, Path]]
+"""What was kept of each training run, oldest first: its stage, numbered where one comes twice, and its folder."""
 CURVES, CARD, SCORES = "curves.png", "README.md", "scores.json"
 SET_TITLES = {"squad": "SQuAD, unseen articles", "worlds": "invented worlds, unseen"}
 PANELS = (
@@ -71,54 +75,62 @@ class Results:
         """How much one method is ahead of another."""
         return Estimate(**self.answers["sources"][source]["differences"][f"{ours} - {theirs}"][name])
 
-    def gone(self, source: str, name: str) -> Estimate | None:
+    def way_to_tuned(self, source: str, name: str) -> Estimate | None:
         """SHINE's way from Only Question to In-Context, tuned."""
         found = self.answers["sources"][source]["ways"]["shine"]["in_context_tuned"][name]
         return Estimate(**found) if found else None
 
-    def perplexity(self, method: str, task: str) -> Estimate:
-        """Of texts given back."""
+    def perplexity(self, method: str, task: str, bound: str = "") -> Estimate:
+        """Of texts given back, all or those of up to ``bound`` tokens."""
         found = self.texts["sources"]["wikitext"]["methods"][method][task]
+        found = found["lengths"][bound] if bound else found
         return Estimate(found["perplexity"], *found["intervals"]["perplexity"])
 
-    def cosines(self) -> dict[str, float]:
-        """Mean cosine between the adapters of two contexts, by set."""
-        return {found["name"]: found["geometry"]["cosine"]["mean"] for found in self.trust["sets"]}
+    def adapters(self) -> dict[str, Mapping[str, float]]:
+        """Mean cosine and effective rank of SHINE's adapters, by set."""
+        return {name: found["methods"]["shine"]["adapters"] for name, found in self.answers["sources"].items()}
 
 
 def targets(results: Results) -> list[Target]:
-    """What was wanted, against what was measured; of an estimate the value counts, of a difference the interval."""
-    floor = results.ahead("squad", "shine", "only_question", "f1")
-    untuned = results.ahead("squad", "shine", "in_context", "f1")
-    way = results.gone("squad", "f1")
+    """What was wanted, against what was measured."""
+    ours, only_question = (results.score("squad", method, "f1") for method in ("shine", "only_question"))
+    above_untuned = results.ahead("squad", "shine", "in_context", "f1")
+    way = results.way_to_tuned("squad", "f1")
     given_back = results.perplexity("shine", "reconstruct")
-    worlds, blind = (results.score("worlds", method, "em") for method in ("shine", "only_question"))
-    cosines = results.cosines()
+    worlds, without = (results.score("worlds", method, "em") for method in ("shine", "only_question"))
+    cosines = {name: found["cosine"] for name, found in results.adapters().items()}
     return [
-        Target("SQuAD: SHINE above Only Question (F1)", f"{floor:+.1f}", floor.low > 0),
-        Target("SQuAD: SHINE above untuned In-Context (F1)", f"{untuned:+.1f}", untuned.low > 0),
         Target(
-            "SQuAD: at least 50 % of the way to In-Context, tuned (F1)",
-            f"{way:.0f} %" if way else "no way",
+            "SQuAD: SHINE's F1 above Only Question's, intervals apart",
+            f"{ours:.1f} against {only_question:.1f}",
+            ours.low > only_question.high,
+        ),
+        Target("SQuAD: SHINE above untuned In-Context, F1", f"{above_untuned:+.1f}", above_untuned.low > 0),
+        Target(
+            "SQuAD: at least 50 % of the way to In-Context, tuned, F1",
+            f"{way:.1f} %" if way else "no way to go",
             bool(way and way.value >= 50),
         ),
-        Target("reconstruction at 100 to 300 tokens: perplexity below 4", f"{given_back:.1f}", given_back.value < 4),
-        Target("invented worlds: at least 60 % exact", f"{worlds:.1f} %", worlds.value >= 60),
-        Target("invented worlds without the context: under 5 % exact", f"{blind:.1f} %", blind.value < 5),
+        Target("reconstruction of 100 to 300 tokens: perplexity below 4", f"{given_back:.2f}", given_back.value < 4),
+        Target(
+            "invented worlds: at least 60 % exact, under 5 % without the context",
+            f"{worlds:.1f} and {without:.1f}",
+            worlds.value >= 60 and without.value < 5,
+        ),
         Target(
             "cosine between adapters of different contexts below 0.8",
-            ", ".join(f"{value:.2f} ({name})" for name, value in cosines.items()),
+            ", ".join(f"{value:.3f} ({SET_TITLES[name]})" for name, value in cosines.items()),
             max(cosines.values()) < 0.8,
         ),
     ]
 
 
-def curves(folder: Path, runs: Mapping[str, Path]) -> None:
+def curves(folder: Path, runs: Runs) -> None:
     """Training and validation loss, gap and cosine over the steps of all runs, one stage after the other."""
     figure, grid = plt.subplots(2, 2, figsize=(10, 6.4), constrained_layout=True)
     for axes, (kind, title, name) in zip(grid.flat, PANELS, strict=True):
         done = 0
-        for (stage, run), color in zip(runs.items(), STAGE_COLORS * len(runs), strict=False):
+        for (stage, run), color in zip(runs, STAGE_COLORS * len(runs), strict=False):
             for metric in [name] if kind != "validation" else _validation_losses(run):
                 steps, values = read_metrics(run, metric)
                 _draw(axes, [done + step for step in steps], values, color=color, label=stage, noisy=kind == "loss")
@@ -144,12 +156,14 @@ def _draw(axes: Axes, places: list[int], values: list[float], *, color: str, lab
     axes.plot(places, values, "-" if noisy else "o-", color=color, linewidth=2, markersize=4, label=label)
 
 
-def card(results: Results, info: CheckpointInfo, *, runs: Mapping[str, Path], parameters: int, size: int) -> Iterator[str]:
+def card(
+    results: Results, info: CheckpointInfo, *, runs: Runs, reader: Mapping[str, Any], parameters: int, size: int
+) -> Iterator[str]:
     """The lines of the page."""
     yield from _front()
     yield from _summary(results, info, parameters=parameters, size=size)
     yield from _scores(results)
-    yield from _training(runs)
+    yield from _training(runs, reader)
     yield from _limits(results)
 
 
@@ -192,54 +206,66 @@ def _scores(results: Results) -> Iterator[str]:
     yield from _paragraph(
         f"Percent, with 95 % intervals (bootstrap over contexts). Single questions, greedy, at most "
         f"{results.answers['config']['max_new_tokens']} new tokens. *In-Context, tuned* is the same backbone with one ordinary "
-        "LoRA (`reader/`) trained on the same questions to read the context in its prompt: the ceiling. *Way* is "
+        "LoRA (`reader/`) trained on the same data to read the context in its prompt: the ceiling. *Way* is "
         "(SHINE − Only Question) / (ceiling − Only Question)."
     )
     for source, title in SET_TITLES.items():
         yield from _answers(results, source, title)
-    yield from ["", "**WikiText-2 given back**, perplexity of texts of 100 to 300 tokens", ""]
-    yield from ["| | reconstruction | completion |", "|---|---:|---:|"]
-    for method in results.texts["sources"]["wikitext"]["methods"]:
-        given_back = (f"{results.perplexity(method, task):.1f}" for task in ("reconstruct", "complete"))
-        yield f"| {title_of(method)} | {' | '.join(given_back)} |"
+    found = results.texts["sources"]["wikitext"]["methods"]
+    bounds = list(found["shine"]["reconstruct"]["lengths"])
+    yield from ["", "**WikiText-2 given back**: perplexity a token by length, beginnings of articles, one text each", ""]
+    yield "| | " + " | ".join(f"reconstruction, {bound} tokens" for bound in bounds) + " | all | completion, all |"
+    yield "|---|" + "---:|" * (len(bounds) + 2)
+    for method in found:
+        cells = [f"{results.perplexity(method, 'reconstruct', bound):.1f}" for bound in bounds]
+        cells += [f"{results.perplexity(method, task):.1f}" for task in ("reconstruct", "complete")]
+        yield f"| {title_of(method)} | {' | '.join(cells)} |"
     yield from ["", "**Adapters of different contexts**", "", "| | mean cosine | effective rank |", "|---|---:|---:|"]
-    for found in results.trust["sets"]:
-        shape = found["geometry"]
-        cells = (f"{shape['cosine']['mean']:.2f}", f"{shape['effective_rank']:.2f} of {shape['rank']}")
-        yield f"| {found['name']}, {found['contexts']} contexts | {' | '.join(cells)} |"
+    for source, adapters in results.adapters().items():
+        yield f"| {SET_TITLES[source]} | {adapters['cosine']:.3f} | {adapters['effective_rank']:.2f} |"
 
 
 def _answers(results: Results, source: str, title: str) -> Iterator[str]:
     methods = results.answers["sources"][source]["methods"]
     first = next(iter(methods.values()))
-    yield from ["", f"**{title}**: {first['questions']:,} questions about {first['contexts']} contexts", ""]
+    tally = results.answers["sources"][source]["tally"]
+    yield from ["", f"**{title}**: {first['questions']:,} questions about {first['contexts']} contexts ({tally})", ""]
     yield from ["| | EM | F1 | not ended |", "|---|---:|---:|---:|"]
     for method, scores in methods.items():
         cells = [f"{results.score(source, method, name):.1f}" for name in ("em", "f1")]
         yield f"| {title_of(method)} | {' | '.join(cells)} | {scores['cut']:,} |"
-    ways = [results.gone(source, name) for name in ("em", "f1")]
-    yield f"| *way, percent* | {' | '.join(f'{gone:.0f}' if gone else 'none to go' for gone in ways)} | |"
+    ways = [results.way_to_tuned(source, name) for name in ("em", "f1")]
+    yield f"| *way, percent* | {' | '.join(f'{way:.1f}' if way else 'none to go' for way in ways)} | |"
 
 
-def _training(runs: Mapping[str, Path]) -> Iterator[str]:
+def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
     yield from ["", "## Training", "", f"![Losses, gap and cosine over the steps]({CURVES})", ""]
-    yield "| stage | steps | training loss | loss on unseen contexts | of that, lost in the last third | gap | cosine |"
-    yield "|---|---:|---:|---|---|---:|---:|"
-    for stage, run in runs.items():
-        steps, losses = read_metrics(run, "loss")
-        ends, falls = [], []
+    columns = ["stage", "steps x contexts", "tokens, context / conversation", "learning rate"]
+    yield f"| {' | '.join(columns)} | loss on unseen contexts, half way and at the end | gap | cosine |"
+    yield "|---|---:|---:|---:|---|---:|---:|"
+    for stage, run in runs:
+        recipe, steps = read_recipe(run)["stage"], read_metrics(run, "loss")[0][-1]
+        ends = []
         for name in _validation_losses(run):
             values = read_metrics(run, name)[1]
-            ends.append(f"{values[-1]:.2f} ({name.split('/')[1]})")
-            falls.append(f"{values[-1 - len(values) // 3] - values[-1]:.2f}")
+            ends.append(f"{values[(len(values) - 1) // 2]:.2f}, {values[-1]:.2f} ({name.split('/')[1]})")
         gap, cosine = (read_metrics(run, f"validation/adapter_{name}")[1][-1] for name in ("gap", "cosine"))
-        shown = [f"{steps[-1]:,}", f"{smooth(losses, 2)[-1]:.2f}", ", ".join(ends), ", ".join(falls), f"{gap:.2f}", f"{cosine:.2f}"]
-        yield f"| {stage} | {' | '.join(shown)} |"
+        lengths = f"{recipe['context_length']} / {recipe['conversation_length']}"
+        cells = [f"{steps:,} x {recipe['batch_size']}", lengths, f"{recipe['learning_rate']:g}", "; ".join(ends)]
+        yield f"| {stage} | {' | '.join(cells)} | {gap:.2f} | {cosine:.2f} |"
     yield ""
     yield from _paragraph(
         "Losses in nats a label token; the gap is how much worse a label is foretold under another context's adapter, zero "
-        "if adapters held nothing. What was lost in the last third of a stage is what more of it would go on from. Recipe: "
-        "`configs/experiment/smollm2.yaml`; what was tried on the way, and what did not help: `docs/training_log.md`."
+        "if adapters held nothing. The learning rate falls to zero within each stage, so a part of what a stage gains at its end "
+        "is that. "
+        "Recipe: `configs/experiment/smollm2.yaml`; what was tried on the way, and what did not help: `docs/training_log.md`."
+    )
+    stage, losses = reader["stage"], reader["losses"]
+    yield ""
+    yield from _paragraph(
+        f"The reader of *In-Context, tuned*: rank {reader['rank']}, {len(losses):,} steps of {stage['batch_size']} contexts of the "
+        f"stage {stage['name']} at {stage['learning_rate']:g}; its loss is {_mean(losses[:10]):.2f} over the first ten steps, "
+        f"{_mean(losses[len(losses) // 2 : len(losses) // 2 + 10]):.2f} half way, {_mean(losses[-10:]):.2f} over the last ten."
     )
     yield from ["", "| learned from | for | licence |", "|---|---|---|"]
     yield "| OpenStax textbooks, CIA World Factbook, BBC news | pretrain | CC BY 4.0, public domain, research only |"
@@ -260,11 +286,38 @@ def _limits(results: Results) -> Iterator[str]:
     wrong = results.score("squad", "shine", "wrong")
     yield f"- Of its answers about SQuAD's passages {wrong:.0f} % share no word with a right one: hold them against the text."
     for found in results.trust["sets"]:
+        about = f"{found['name']}, {found['contexts']} contexts"
         changed, leaked = (Estimate(**found["interference"][name]) for name in ("changed", "leak_on"))
-        yield f"- {found['name']}: an adapter changes {changed:.0f} % of the answers about *another* context, and {leaked:.0f} %"
-        yield "  are wrong and taken from the context that is on: take it off for other questions."
-    yield "- English only, and texts of the lengths it was trained on; longer ones are read in pieces (`docs/adapters.md`)."
-    yield "- A backbone of 135M parameters: it reads little even with the text in its prompt."
+        yield f"- {about}: an adapter changes {changed:.0f} % of the answers about *another* context, and {leaked:.0f} % are wrong"
+        yield "  and taken from the context that is on: take it off for other questions."
+        if (known := found["knowledge"])["questions"]:
+            kept = Estimate(**known["kept_on"])
+            yield f"- {about}: of what the model knows by itself {kept:.0f} % is still right with an adapter on."
+        if (open_ := found["unanswerable"])["questions"]:
+            yield f"- {about}: of questions that the context leaves open it declines {Estimate(**open_['declined_on']):.0f} %."
+        first, last = (Estimate(**found["decay"]["on"][span]) for span in ("first_five", "last_five"))
+        yield f"- {about}: over 15 turns its EM goes from {first:.0f} in the first five to {last:.0f} in the last five."
+    yield "- English, texts of the lengths that it was trained on; longer ones are read in pieces (`docs/adapters.md`)."
+
+
+def read_recipe(run: Path) -> Mapping[str, Any]:
+    """The recipe that `examples/ship.py` kept of a run."""
+    found: Mapping[str, Any] = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+    return found
+
+
+def read_runs(training: Path) -> Runs:
+    """The runs in a folder that `examples/ship.py` wrote."""
+    found, runs = sorted(training.iterdir()), list[tuple[str, Path]]()
+    stages = [read_recipe(run)["stage"]["name"] for run in found]
+    for number, (stage, run) in enumerate(zip(stages, found, strict=True)):
+        before = stages[:number].count(stage)
+        runs.append((f"{stage} {before + 1}" if before else stage, run))
+    return runs
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _paragraph(text: str) -> list[str]:
@@ -277,18 +330,33 @@ def write_card(scores: Path, place: Path) -> Path:
     Args:
         scores: the folder of ``score.sh``.
         place: the folder of the package that holds the model.
+
+    Raises:
+        ValueError: the scores are not of the hypernetwork that lies there.
     """
     results, info = Results.read(scores), read_info(place / "hypernetwork")
     assert info is not None
-    runs = {run.name.partition("-")[2]: run for run in sorted((place / "training").iterdir())}
-    trained = [tensor for name, tensor in read_weights(place / "hypernetwork").items() if not name.startswith("m2p.standard.")]
+    for summary in (results.answers, results.texts):
+        if Path(summary["config"]["checkpoint"]).resolve() != (place / "hypernetwork").resolve():
+            raise ValueError(
+                f"{scores}: scored {summary['config']['checkpoint']}, not {place / 'hypernetwork'}; run score.sh on that"
+            )
+    runs, reader = read_runs(place / "training"), json.loads((place / "reader" / TRAINING_FILE).read_text(encoding="utf-8"))
+    trained = [tensor for name, tensor in read_weights(place / "hypernetwork").items() if not name.startswith(MEASURED)]
+    parameters = sum(tensor.numel() for tensor in trained)
     curves(place, runs)
     size = (place / "hypernetwork" / "hypernetwork.safetensors").stat().st_size
-    lines = card(results, info, runs=runs, parameters=sum(tensor.numel() for tensor in trained), size=size)
+    lines = card(results, info, runs=runs, reader=reader, parameters=parameters, size=size)
     (place / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    figures = {"answers": results.answers, "texts": results.texts, "trust": results.trust}
-    (place / SCORES).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    kept = {"answers": _without_paths(results.answers), "texts": _without_paths(results.texts), "trust": results.trust}
+    (place / SCORES).write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return place / CARD
+
+
+def _without_paths(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary without what it says of the machine that it was made on."""
+    config = {name: summary["config"].get(name) for name in ("methods", "max_new_tokens", "seed", "prompts", "stage")}
+    return {"config": config, **{name: value for name, value in summary.items() if name != "config"}}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Every score of the hypernetwork of SmolLM2-135M, with intervals: SQuAD's unseen articles and unseen invented worlds (Only Question,
-# In-Context, In-Context tuned, SHINE), texts given back, and what adapters do beside answering. An hour on two cores; stopped, it
-# goes on where it was.
+# In-Context, In-Context tuned, SHINE), texts given back, and what adapters do beside answering. Stopped, the tests go on where they
+# were.
 #
 # usage: sh examples/smollm2/score.sh [folder [checkpoint [reader [KEY=VALUE...]]]]
 #   folder      where the results are written: outputs/smollm2-scores
@@ -9,7 +9,8 @@
 #   reader      the LoRA of In-Context, tuned: the shipped one
 #   KEY=VALUE   for both tests, as for test.py: backbone.device=cuda batch_size=64
 #
-# Reads data/squad and data/wikitext ($SHINE_DATA instead of data): sh scripts/download_data.sh squad wikitext
+# Reads data/squad and data/wikitext ($SHINE_DATA instead of data; with .venv active):
+#   sh scripts/download_data.sh squad wikitext
 set -eu
 cd "$(dirname "$0")/../.."
 out=${1:-outputs/smollm2-scores}
@@ -19,11 +20,17 @@ for _ in 1 2 3; do
     [ $# -lt 1 ] || shift
 done
 python=${PYTHON:-.venv/bin/python}
+data=${SHINE_DATA:-data}
+for folder in squad wikitext/wikitext-2-v1; do
+    if [ ! -d "$data/$folder" ]; then
+        echo "error: there is no $data/$folder: sh scripts/download_data.sh ${folder%%/*}, or set SHINE_DATA" >&2
+        exit 2
+    fi
+done
 
 "$python" test.py experiment=smollm2 "checkpoint=$checkpoint" "reader=$reader" "output=$out/test" \
     "methods=[shine,in_context,in_context_tuned,only_question]" max_new_tokens=32 "$@"
 "$python" test_pretrain.py experiment=smollm2 "checkpoint=$checkpoint" "output=$out/test_pretrain" \
     stage.context_length=320 "$@"
-"$python" -m shine.cli.main trust "$checkpoint" --contexts 32 --squad "${SHINE_DATA:-data}/squad" \
-    --knowledge examples/knowledge.jsonl --output "$out/trust"
+"$python" -m shine.cli.main trust "$checkpoint" --contexts 32 --knowledge examples/knowledge.jsonl --output "$out/trust"
 "$python" -m shine.cli.main report "$out/test" "$out/test_pretrain" --output "$out/report"

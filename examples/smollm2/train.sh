@@ -7,7 +7,7 @@
 #   checkpoint  what they start from: smollm2-135m, the shipped one; nothing trains the three stages and the reader from nothing
 #   KEY=VALUE   for every stage, as for train.py: stage.steps=3000 backbone.device=cuda
 #
-# Reads data/squad, data/race and, from nothing, data/transmla_pretrain_6B_tokens ($SHINE_DATA instead of data):
+# Reads data/squad, data/race and, from nothing, data/transmla_pretrain_6B_tokens ($SHINE_DATA instead of data; with .venv active):
 #   sh scripts/download_data.sh squad race transmla
 set -eu
 cd "$(dirname "$0")/../.."
@@ -22,13 +22,22 @@ if [ "$start" = nothing ]; then
     stages="pretrain mqa 1qa"
     start=null
 fi
+data=${SHINE_DATA:-data}
+for folder in squad race; do
+    if [ ! -d "$data/$folder" ]; then
+        echo "error: there is no $data/$folder: sh scripts/download_data.sh $folder, or set SHINE_DATA" >&2
+        exit 2
+    fi
+done
 for stage in $stages; do
     if [ ! -e "$out/$stage/final" ]; then
         "$python" train.py experiment=smollm2 "stage=$stage" "checkpoint=$start" "output=$out/$stage" resume=auto "$@"
     fi
     start=$out/$stage
 done
-if [ "$stages" != "mqa 1qa" ] && [ ! -e "$out/reader" ]; then
-    "$python" -m shine.cli.main tune-reader "$out/reader" experiment=smollm2 stage=mqa stage.steps=100 stage.warmup_steps=10 "$@"
+if [ "$stages" = "pretrain mqa 1qa" ] && [ ! -e "$out/reader" ]; then
+    "$python" -m shine.cli.main tune-reader "$out/reader" experiment=smollm2 stage=mqa stage.steps=150 "$@"
 fi
-echo "trained: $start; score it with: sh examples/smollm2/score.sh $out/scores $start"
+reader=shine/assets/smollm2-135m/reader
+[ ! -e "$out/reader" ] || reader=$out/reader
+echo "trained: $start; score it with: sh examples/smollm2/score.sh $out/scores $start $reader"

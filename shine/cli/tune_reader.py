@@ -32,12 +32,23 @@ def add(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _tune(args: argparse.Namespace) -> None:
+    import json
+    from dataclasses import asdict
+
+    from shine.adapter_files import FILES
     from shine.cli.doors import composed
     from shine.config import TrainConfig
-    from shine.training.tuning import train_reader
+    from shine.files import may_replace
+    from shine.training.tuning import TRAINING_FILE, train_reader
 
     if args.rank < 1 or args.alpha <= 0:
         raise ValueError("--rank and --alpha: give positive numbers")
     config = composed(TrainConfig, "train", [f"output={args.output}", *args.overrides])
-    place = train_reader(config, rank=args.rank, alpha=args.alpha).save(args.output)
+    # Before it is trained, which takes long.
+    may_replace(args.output, names=FILES | {TRAINING_FILE}, what="reader")
+    made = train_reader(config, rank=args.rank, alpha=args.alpha)
+    (args.output / TRAINING_FILE).unlink(missing_ok=True)
+    place = made.lora.save(args.output)
+    told = {"rank": args.rank, "alpha": args.alpha, "stage": asdict(config.stage), "losses": made.losses}
+    (place / TRAINING_FILE).write_text(json.dumps(told) + "\n", encoding="utf-8")
     print(f"reader: {place}; score it with reader={place} and in_context_tuned among the methods of test.py")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from shine.config import TrainConfig
 from shine.data.batching import SampleStream
@@ -16,9 +17,25 @@ from shine.training.optimizer import build_optimizer, learning_rate
 from shine.training.reader import Reader, in_prompt
 from shine.training.step import training_step
 
+TRAINING_FILE = "training.json"
+"""Beside a reader: its rank and alpha, the stage that it learned, and its losses."""
 
-def train_reader(config: TrainConfig, *, rank: int, alpha: float, say: Callable[[str], None] = print) -> LoRA:
-    """Train a reader on the samples of a stage, in one process, and return its LoRA.
+
+@dataclass(frozen=True)
+class TrainedReader:
+    """A reader, and how it came about.
+
+    Attributes:
+        lora: of batch one.
+        losses: of each optimizer step.
+    """
+
+    lora: LoRA
+    losses: tuple[float, ...]
+
+
+def train_reader(config: TrainConfig, *, rank: int, alpha: float, say: Callable[[str], None] = print) -> TrainedReader:
+    """Train a reader on the samples of a stage, in one process.
 
     Args:
         config: a training run of SHINE's, whose backbone, data, stage and seed are taken.
@@ -35,7 +52,7 @@ def train_reader(config: TrainConfig, *, rank: int, alpha: float, say: Callable[
     )
     stream = SampleStream(samples, stage.batch_size, config.seed, window=stage.length_window)
     total = stage.steps if stage.steps is not None else max(math.ceil(stage.epochs * len(samples) / stage.batch_size), 1)
-    optimizer, guard = build_optimizer(reader, stage), Guard(stage)
+    optimizer, guard, losses = build_optimizer(reader, stage), Guard(stage), list[float]()
     for step in range(total):
         rate = learning_rate(step, stage=stage, total_steps=total)
         for group in optimizer.param_groups:
@@ -53,6 +70,7 @@ def train_reader(config: TrainConfig, *, rank: int, alpha: float, say: Callable[
             guard=guard,
         )
         guard.check(learning_rate=rate)
+        losses.append(result.loss)
         if stage.log_every and (step + 1) % stage.log_every == 0:
             say(f"reader {step + 1}/{total}  loss {result.loss:.4g}  learning_rate {rate:.4g}")
-    return LoRA({path: (a.detach(), b.detach()) for path, (a, b) in reader().items()})
+    return TrainedReader(LoRA({path: (a.detach(), b.detach()) for path, (a, b) in reader().items()}), tuple(losses))
