@@ -107,7 +107,13 @@ def _keep_run(run: Path, training: Path, number: int) -> None:
         recipe = json.loads(kept.read_text(encoding="utf-8"))
     else:
         told = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
-        recipe = {"stage": told["config"]["stage"], "seed": told["config"]["seed"], "versions": told["versions"]}
+        data = told["config"]["data"]["train"]
+        recipe = {
+            "stage": told["config"]["stage"],
+            "seed": told["config"]["seed"],
+            "data": {name: {key: value for key, value in source.items() if key != "path"} for name, source in data.items()},
+            "versions": told["versions"],
+        }
     place = training / f"{number:02}-{recipe['stage']['name']}"
     place.mkdir(parents=True)
     shutil.copyfile(run / METRICS_FILE, place / METRICS_FILE)

@@ -86,7 +86,8 @@ def place(tmp_path: Path) -> Path:
         rows += [{"step": step, **watched, "validation/squad/loss": 3 - step / 100} for step in (30, 60, 90)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         recipe = {"name": stage, "batch_size": 8, "context_length": 48, "conversation_length": 72, "learning_rate": 1e-3}
-        (folder / "recipe.json").write_text(json.dumps({"stage": recipe}))
+        data = {"squad": {"limit": None, "options": {}}, "worlds": {"limit": None, "options": {"count": 3000}}}
+        (folder / "recipe.json").write_text(json.dumps({"stage": recipe, "data": data}))
     (tmp_path / "model" / "reader").mkdir()
     told = {"rank": 8, "alpha": 16, "stage": recipe, "losses": [3.0] * 10 + [2.0] * 20 + [1.0] * 10}
     (tmp_path / "model" / "reader" / "training.json").write_text(json.dumps(told))
@@ -103,8 +104,8 @@ def test_the_card_says_what_was_measured(module: ModuleType, place: Path, tmp_pa
     assert "| *way, percent* | none to go | 75.0 [75.0, 75.0] | |" in page
     assert "| SHINE | 70.0 [70.0, 70.0] | 70.0 [70.0, 70.0] | 0 |" in page
     assert "| SHINE | 2.7 [2.7, 2.7] | 2.7 [2.7, 2.7] | 2.7 [2.7, 2.7] |" in page
-    assert "| mqa | 90 x 8 | 48 / 72 | 0.001 | 2.40, 2.10 (squad) | 0.50 | 0.70 |" in page
-    assert "| mqa 2 | 90 x 8 |" in page
+    assert "| mqa | squad, worlds (3,000) | 90 x 8 | 48 / 72 | 0.001 | 2.40, 2.10 (squad) | 0.50 | 0.70 |" in page
+    assert "| mqa 2 | squad, worlds (3,000) | 90 x 8 |" in page
     assert "40 steps of 8 contexts of the stage mqa at 0.001" in " ".join(page.split())
     assert "its loss is 3.00 over the first ten steps, 2.00 half way, 1.00 over the last ten" in " ".join(page.split())
     assert "| SQuAD, unseen articles | 0.500 | 1.50 |" in page

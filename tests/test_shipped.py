@@ -139,7 +139,8 @@ def write_run(folder: Path, *, stage: str) -> None:
     """What a training run leaves that is kept."""
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    config = {"stage": {"name": stage}, "seed": 3, "output": str(folder)}
+    source = {"kind": "squad", "path": str(folder / "squad"), "limit": 5}
+    config = {"stage": {"name": stage}, "seed": 3, "output": str(folder), "data": {"train": {"mine": source}}}
     (folder / "run.json").write_text(json.dumps({"config": config, "versions": {"torch": "2"}}))
 
 
@@ -162,7 +163,9 @@ def test_what_ships_is_what_was_made(made: Path) -> None:
     assert {a.dtype for a, _ in LoRA.load(place / "reader").values()} == {torch.bfloat16}
     kept = place / "training" / "01-1qa"
     assert (kept / "metrics.jsonl").read_text() == (made / "run" / "metrics.jsonl").read_text()
-    assert json.loads((kept / "recipe.json").read_text()) == {"stage": {"name": "1qa"}, "seed": 3, "versions": {"torch": "2"}}
+    recipe = json.loads((kept / "recipe.json").read_text())
+    assert recipe["data"] == {"mine": {"kind": "squad", "limit": 5}}
+    assert (recipe["stage"], recipe["seed"], recipe["versions"]) == ({"name": "1qa"}, 3, {"torch": "2"})
     assert (place / "reader" / "training.json").read_text() == '{"rank": 2}'
     assert not any(str(made) in file.read_text(errors="ignore") for file in place.rglob("*.json") if "backbone" not in file.parts)
     assert Shine.from_pretrained(place / "hypernetwork", backbone=str(place / "backbone")).encode("Abro lives.").rank > 0

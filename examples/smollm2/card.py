@@ -240,18 +240,19 @@ def _answers(results: Results, source: str, title: str) -> Iterator[str]:
 
 def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
     yield from ["", "## Training", "", f"![Losses, gap and cosine over the steps]({CURVES})", ""]
-    columns = ["stage", "steps x contexts", "tokens, context / conversation", "learning rate"]
+    columns = ["stage", "learned from", "steps x contexts", "tokens, context / conversation", "learning rate"]
     yield f"| {' | '.join(columns)} | loss on unseen contexts, half way and at the end | gap | cosine |"
-    yield "|---|---:|---:|---:|---|---:|---:|"
+    yield "|---|---|---:|---:|---:|---|---:|---:|"
     for stage, run in runs:
         recipe, steps = read_recipe(run)["stage"], read_metrics(run, "loss")[0][-1]
+        sources = ", ".join(_size_of(name, source) for name, source in read_recipe(run)["data"].items())
         ends = []
         for name in _validation_losses(run):
             values = read_metrics(run, name)[1]
             ends.append(f"{values[(len(values) - 1) // 2]:.2f}, {values[-1]:.2f} ({name.split('/')[1]})")
         gap, cosine = (read_metrics(run, f"validation/adapter_{name}")[1][-1] for name in ("gap", "cosine"))
         lengths = f"{recipe['context_length']} / {recipe['conversation_length']}"
-        cells = [f"{steps:,} x {recipe['batch_size']}", lengths, f"{recipe['learning_rate']:g}", "; ".join(ends)]
+        cells = [sources, f"{steps:,} x {recipe['batch_size']}", lengths, f"{recipe['learning_rate']:g}", "; ".join(ends)]
         yield f"| {stage} | {' | '.join(cells)} | {gap:.2f} | {cosine:.2f} |"
     yield ""
     yield from _paragraph(
@@ -298,6 +299,12 @@ def _limits(results: Results) -> Iterator[str]:
         first, last = (Estimate(**found["decay"]["on"][span]) for span in ("first_five", "last_five"))
         yield f"- {about}: over 15 turns its EM goes from {first:.0f} in the first five to {last:.0f} in the last five."
     yield "- English, texts of the lengths that it was trained on; longer ones are read in pieces (`docs/adapters.md`)."
+
+
+def _size_of(name: str, source: Mapping[str, Any]) -> str:
+    """A source by its name, with how many contexts of it there were where that was limited."""
+    count = source["options"].get("count", source["limit"])
+    return f"{name.replace('_', ' ')} ({count:,})" if count else name.replace("_", " ")
 
 
 def read_recipe(run: Path) -> Mapping[str, Any]:
