@@ -12,15 +12,19 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import tiny_hypernetwork_config, tiny_model, tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from shine.backbone import TARGETS, Backbone
 from shine.checkpoint import CheckpointInfo, read_info, read_weights, save_hypernetwork
-from shine.config import BackboneConfig, M2PConfig
+from shine.cli.doors import composed
+from shine.config import BackboneConfig, EvaluationConfig, M2PConfig
 from shine.data.worlds import World, guess_rate
+from shine.evaluation.run import evaluate
 from shine.fingerprint import fingerprint
 from shine.hypernetwork import Hypernetwork
 from shine.loading import load_backbone
 from shine.lora import LoRA
+from shine.m2p import MEASURED
 from shine.model import Shine
 from shine.training.reader import starting_lora
 from shine.zoo import ASSETS
@@ -114,6 +118,62 @@ def test_without_a_backbone_the_last_step_is_left_out(
     assert demo.converse_about_text("smollm2-135m", ROOT / "examples" / "conversations.jsonl") is False
     assert "left out: " in capsys.readouterr().out
     assert not (tmp_path / "conversations.md").exists()
+
+
+# --- smollm2-135m ----------------------------------------------------------------------------------------------------------
+
+SMOLLM2 = ASSETS / "smollm2-135m"
+
+
+@pytest.fixture(scope="module")
+def shape_of_smollm2() -> Backbone:
+    """SmolLM2-135M without its weights."""
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    config = LlamaConfig(**sizes, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    info = read_info("smollm2-135m")
+    assert info is not None
+    return Backbone(model, targets=info.hypernetwork.targets)
+
+
+def test_smollm2_ships_within_its_limits(shape_of_smollm2: Backbone) -> None:
+    """Below 60 MB, in bfloat16, for the backbone of its name, with a meta LoRA of at most rank 48; every tensor fits."""
+    assert sum(file.stat().st_size for file in SMOLLM2.rglob("*") if file.is_file()) < 60e6
+    info, weights = read_info("smollm2-135m"), read_weights("smollm2-135m")
+    assert info is not None
+    assert (info.backbone.path, info.stages[:2]) == ("smollm2-135m", ("pretrain", "mqa"))
+    assert info.hypernetwork.meta_rank <= 48
+    assert {tensor.dtype for name, tensor in weights.items() if not name.startswith(MEASURED)} == {torch.bfloat16}
+    expected = Hypernetwork(info.hypernetwork, shape_of_smollm2).state_dict()
+    assert {name: tensor.shape for name, tensor in weights.items()} == {name: tensor.shape for name, tensor in expected.items()}
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert not shape_of_smollm2.misfits(LoRA.load(SMOLLM2 / "reader"))
+
+
+def test_smollm2_says_what_it_is() -> None:
+    """Its card has the scores that lie beside it, each target with reached or missed, and the licence of its data."""
+    card, scores = (SMOLLM2 / "README.md").read_text(encoding="utf-8"), json.loads((SMOLLM2 / "scores.json").read_text())
+    for source in ("squad", "worlds"):
+        for found in scores["answers"]["sources"][source]["methods"].values():
+            low, high = found["intervals"]["f1"]
+            assert f"{found['f1']:.1f} [{low:.1f}, {high:.1f}]" in card
+    assert set(scores["answers"]["sources"]["squad"]["methods"]) == {"shine", "in_context", "in_context_tuned", "only_question"}
+    assert card.count("| reached |") + card.count("| **missed** |") == 6
+    assert "non-commercial research" in (SMOLLM2 / "LICENSE-WEIGHTS").read_text(encoding="utf-8")
+    assert "(LICENSE-WEIGHTS)" in card
+    assert (SMOLLM2 / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(example("smollm2/card.py").read_recipe(run)["stage"]["name"] for run in (SMOLLM2 / "training").iterdir())
+
+
+@pytest.mark.slow
+def test_smollm2_still_scores_what_its_card_says(tmp_path: Path) -> None:
+    """On all unseen worlds; fetches the backbone. A tenth of a point is one answer of 987."""
+    words = ["experiment=smollm2", "checkpoint=smollm2-135m", "methods=[shine]", "sets=worlds", "max_new_tokens=32"]
+    found = evaluate(composed(EvaluationConfig, "test", [*words, f"output={tmp_path}"]))["sources"]["worlds"]["methods"]["shine"]
+    kept = json.loads((SMOLLM2 / "scores.json").read_text())["answers"]["sources"]["worlds"]["methods"]["shine"]
+    assert found["questions"] == kept["questions"]
+    assert found["em"] == pytest.approx(kept["em"], abs=1.5)
 
 
 # --- how a hypernetwork gets into the package ------------------------------------------------------------------------------
