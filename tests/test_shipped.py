@@ -67,7 +67,7 @@ def test_knowledge_travels_through_the_weights(demo: ModuleType, tmp_path: Path,
 
 @pytest.mark.slow
 def test_the_readme_has_the_figures_of_this_code(demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All 200 contexts, single questions and conversations; a tenth of a point is one answer of 987."""
+    """All 200 contexts, single questions and conversations; a tenth of a point is an answer of 1,000."""
     monkeypatch.setattr(demo, "OUTPUT", tmp_path)
     found = {door: demo.score(door, 200) for door in ("test", "test_pwc")}
     titles = {"Only Question": "only_question", "In-Context": "in_context", "**SHINE**": "shine"}
@@ -168,8 +168,15 @@ def test_smollm2_says_what_it_is() -> None:
 
 @pytest.mark.slow
 def test_smollm2_still_scores_what_its_card_says(tmp_path: Path) -> None:
-    """On all unseen worlds; fetches the backbone. A tenth of a point is one answer of 987."""
-    words = ["experiment=smollm2", "checkpoint=smollm2-135m", "methods=[shine]", "sets=worlds", "max_new_tokens=32"]
+    """On all unseen worlds; fetches the backbone. A tenth of a point is an answer of 1,000."""
+    words = [
+        "experiment=smollm2",
+        "checkpoint=smollm2-135m",
+        "methods=[shine]",
+        "sets=worlds",
+        "max_new_tokens=24",
+        "data.test.worlds.options.count=100",
+    ]
     found = evaluate(composed(EvaluationConfig, "test", [*words, f"output={tmp_path}"]))["sources"]["worlds"]["methods"]["shine"]
     kept = json.loads((SMOLLM2 / "scores.json").read_text())["answers"]["sources"]["worlds"]["methods"]["shine"]
     assert found["questions"] == kept["questions"]
