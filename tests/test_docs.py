@@ -46,7 +46,7 @@ def test_every_data_set_has_a_whole_row() -> None:
         get, repository, folder, *others = table[file.stem]
         assert len(others) == 5
         assert all(others)
-        name = "msmarco" if file.stem.startswith("msmarco_v") else file.stem
+        name = {"msmarco_v1": "msmarco", "msmarco_v2": "msmarco", "squad_unseen": "squad"}.get(file.stem, file.stem)
         if name in catalogue:
             assert get == f"`sh scripts/download_data.sh {name}`"
             assert repository == f"`{catalogue[name]['repository']}`"
