@@ -129,7 +129,7 @@ def test_a_missed_target_is_called_so(module: ModuleType, place: Path, tmp_path:
     page = module.write_card(scores, place).read_text(encoding="utf-8")
     missed = [line.split("|")[1].strip() for line in page.splitlines() if line.endswith("**missed** |")]
     assert [line.split(":")[0].split(" ")[0] for line in missed] == ["SQuAD", "SQuAD", "reconstruction", "invented", "cosine"]
-    assert "intervals apart | 19.0 [19.0, 19.0] against 10.0 [10.0, 10.0] | reached |" in page
+    assert "intervals apart | 19.0 [19.0, 19.0] against 10.0 [10.0, 10.0]; paired +9.0 [+9.0, +9.0] | reached |" in page
     assert "It reaches 1 of the 6 targets" in page
     assert "It misses 5 of its targets" in page
 

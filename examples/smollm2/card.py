@@ -102,7 +102,7 @@ def targets(results: Results) -> list[Target]:
     return [
         Target(
             "SQuAD: SHINE's F1 above Only Question's, intervals apart",
-            f"{ours:.1f} against {only_question:.1f}",
+            f"{ours:.1f} against {only_question:.1f}; paired {results.ahead('squad', 'shine', 'only_question', 'f1'):+.1f}",
             ours.low > only_question.high,
         ),
         Target("SQuAD: SHINE above untuned In-Context, F1", f"{above_untuned:+.1f}", above_untuned.low > 0),

@@ -58,7 +58,7 @@ def answer_table(summary: Mapping[str, Any]) -> Table:
 def way_table(summary: Mapping[str, Any]) -> Table | None:
     """How far each method goes from Only Question to the context in the prompt (see `shine.evaluation.scores.ways`); ``None`` where
     nothing asked has both ends."""
-    table = _table("The way from Only Question to the context in the prompt, percent [95 %]", ["to", "EM", "F1"])
+    table = _table("How far from Only Question, percent", ["to", "EM [95 %]", "F1 [95 %]"])
     for source, found in summary["sources"].items():
         for method, ceilings in found["ways"].items():
             for ceiling, scores in ceilings.items():
