@@ -33,6 +33,7 @@ from shine.zoo import ASSETS
 PLACE = ASSETS / "smollm2-135m"
 Runs = Sequence[tuple[str, Path]]
 """What was kept of each training run, oldest first: its stage, numbered where one comes twice, and its folder."""
+COLORS = (*STAGE_COLORS, "#66a182", "#6d597a", "#b07156")
 CURVES, CARD, SCORES = "curves.png", "README.md", "scores.json"
 SET_TITLES = {"squad": "SQuAD, unseen articles", "worlds": "invented worlds, unseen"}
 PANELS = (
@@ -130,7 +131,7 @@ def curves(folder: Path, runs: Runs) -> None:
     figure, grid = plt.subplots(2, 2, figsize=(10, 6.4), constrained_layout=True)
     for axes, (kind, title, name) in zip(grid.flat, PANELS, strict=True):
         done = 0
-        for (stage, run), color in zip(runs, STAGE_COLORS * len(runs), strict=False):
+        for (stage, run), color in zip(runs, COLORS * len(runs), strict=False):
             for metric in [name] if kind != "validation" else _validation_losses(run):
                 steps, values = read_metrics(run, metric)
                 _draw(axes, [done + step for step in steps], values, color=color, label=stage, noisy=kind == "loss")
@@ -275,15 +276,14 @@ def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
     yield "| invented worlds and stories (`shine/data/worlds.py`, `stories.py`) | mqa, 1qa | Apache-2.0 |"
     yield ""
     yield from _paragraph(
-        "Never learned from: WikiText-2, the ten SQuAD articles that `configs/sets/passages/mqa.yaml` names, worlds of seed 3000."
+        "Never learned from: WikiText-2, the ten SQuAD articles that `configs/source/squad_unseen.yaml` names, worlds of seed 3000."
     )
 
 
 def _limits(results: Results) -> Iterator[str]:
     yield from ["", "## What it cannot do", ""]
-    missed = [f"{target.wanted} ({target.measured})" for target in targets(results) if not target.reached]
-    if missed:
-        yield f"- It misses {len(missed)} of its targets: {'; '.join(missed)}."
+    if missed := sum(not target.reached for target in targets(results)):
+        yield f"- It misses {missed} of its targets; the table above says by how much."
     wrong = results.score("squad", "shine", "wrong")
     yield f"- Of its answers about SQuAD's passages {wrong:.0f} % share no word with a right one: hold them against the text."
     for found in results.trust["sets"]:
