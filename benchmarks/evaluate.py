@@ -93,14 +93,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="for a Qwen3 shape, which has none (default: SmolLM2's)")
-    parser.add_argument("--contexts", type=int, default=8, help="side by side (default: %(default)s)")
-    parser.add_argument("--questions", type=int, default=2, help="at most, of each context (default: %(default)s)")
+    parser.add_argument("--contexts", type=int, default=4, help="side by side (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=3, help="at most, of each context (default: %(default)s)")
     parser.add_argument("--new", type=int, default=16, help="tokens of an answer, at most (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="timed ones (default: %(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--without-recipe", action="store_true", help="leave the published way out")
     parser.add_argument("overrides", nargs="*", help="of the data, as for test.py: sets=squad data.test.squad.path=data/squad")
     args = parser.parse_intermixed_args()
+    for override in args.overrides:
+        if not override.lstrip("+~").startswith(("sets", "data.", "prompts", "stage.context_length")):
+            parser.error(
+                f"{override}: --model says which model; only sets, data and prompts, and stage.context_length, go to test.py"
+            )
     config = configured(
         EvaluationConfig, "test", ["sets=stories", "stage.context_length=1150", *args.overrides, f"max_new_tokens={args.new}"]
     )

@@ -377,12 +377,13 @@ def test_the_shipped_catalogue_holds_what_the_recipe_needs() -> None:
         parts = load(ROOT / "configs" / f"collection_{name}.yaml")["parts"].values()
         for part in parts:
             assert f"{part['source']['path']}/".startswith(f"{folders[part['hub']]}/")
-    # What can be fetched has the name of its source; MS MARCO's two versions are one repository.
+    # What can be fetched has the name of its source; MS MARCO's two versions are one repository, and SQuAD has a part of its own.
+    names = {"msmarco_v1": "msmarco", "msmarco_v2": "msmarco", "squad_unseen": "squad"}
     sources = {path.stem for path in (ROOT / "configs" / "source").glob("*.yaml")} - {"folder", "jsonl", "stories", "worlds"}
-    assert {"msmarco" if name.startswith("msmarco_v") else name for name in sources} <= set(catalogue["data"])
+    assert {names.get(name, name) for name in sources} <= set(catalogue["data"])
     for name in sources:
         path = load(ROOT / "configs" / "source" / f"{name}.yaml")["path"]
-        assert f"{path}/".startswith(f"{catalogue['data']['msmarco' if name.startswith('msmarco_v') else name].folder}/")
+        assert f"{path}/".startswith(f"{catalogue['data'][names.get(name, name)].folder}/")
     with pytest.raises(ValueError, match=r"Unexpected keyword|unknown key|extra"):
         parse(dict[str, Item], {"x": {"repository": "a/b", "folder": "c", "licence": "d", "license": "e"}})  # type: ignore[arg-type]
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import machine
 import torch
@@ -49,17 +50,19 @@ def test_the_limits_are_those_of_the_shapes(make_backbone: Callable[..., Backbon
     assert 2 * 256 * 512 * 512 / rate > min(times) / 3
 
 
-def test_the_benchmark_of_answering_runs(tiny_backbone_folder: str, tmp_path: Path) -> None:
-    """As from the command line, on a tiny model: both ways answer, and the ratio with its spread is printed."""
-    small = ["backbone=custom", f"backbone.path={tiny_backbone_folder}", "backbone.dtype=float32", "backbone.device=cpu"]
-    small += ["hypernetwork.rank=2", "hypernetwork.meta_rank=4", "hypernetwork.m2p.heads=2", "max_new_tokens=2", "sets=stories"]
-    command = [sys.executable, str(FILE.with_name("evaluate.py")), *small, "--contexts", "2", "--rounds", "1"]
+def test_the_benchmark_of_answering_runs(tmp_path: Path) -> None:
+    """As from the command line, from anywhere: every way answers; a model is named by its option alone."""
+    command = [sys.executable, str(FILE.with_name("evaluate.py")), "--model", "cpu-world", "--device", "cpu", "--contexts", "2"]
+    command += ["--questions", "1", "--new", "2", "--rounds", "1", "sets=worlds", "stage.context_length=64"]
     environment = {**os.environ, "PYTHONPATH": str(FILE.parent.parent)}
-    found = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    options: dict[str, Any] = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True, "timeout": 120}
+    found = subprocess.run(command, check=False, **options)
     assert found.returncode == 0, found.stderr
-    assert re.search(r"2 at a time: [\d.]+ questions/s", found.stdout)
-    assert re.search(r"one by one: [\d.]+ questions/s", found.stdout)
-    assert re.search(r"times as many questions a second: [\d.]+ \([\d.]+ to [\d.]+ in 1 rounds\)", found.stdout)
+    for way in ("2 side by side", "one by one", "recipe"):
+        assert re.search(rf"^  {way} .* useful tokens/s", found.stdout, flags=re.M)
+    refused = subprocess.run([*command, "backbone=qwen3-8b"], check=False, **options)
+    assert refused.returncode == 2
+    assert "backbone=qwen3-8b: --model says which model; only sets, data and prompts" in refused.stderr
 
 
 def test_a_copy_reads_and_writes() -> None:
