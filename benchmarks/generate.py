@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from machine import alternate, peak_memory, ratio_with_spread, show_limits, tf32
+from machine import alternate, first_runs, ratio_with_spread, show_limits, tf32
 from subject import MODELS, Subject, load, tokens
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,7 +50,7 @@ def main() -> None:
     with torch.inference_mode():
         lora = subject.hypernetwork(subject.backbone, tokens(args.batch, args.context, subject.backbone), None)
     ways = answering(subject, lora, prompt=args.prompt, new=args.new)
-    peaks, said = first_answers(ways, subject)
+    peaks, said = first_runs(ways, subject.device)
     seconds = alternate(dict[str, Callable[[], object]](ways), rounds=args.rounds, device=subject.device, warm_up=0)
     useful = args.batch * (args.prompt + args.new)
     for name, times in seconds.items():
@@ -110,18 +110,6 @@ def answering(subject: Subject, lora: LoRA, *, prompt: int, new: int) -> dict[st
     if subject.precise is not None:
         ways[RECIPE] = as_published
     return ways
-
-
-def first_answers(ways: dict[str, Callable[[], Tensor]], subject: Subject) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """Each way once, as its warm-up: its peak memory, and what it wrote. What does not fit is said and left out of ``ways``."""
-    peaks, said = {}, {}
-    for name, way in list(ways.items()):
-        try:
-            peaks[name] = peak_memory(lambda name=name, way=way: said.update({name: way()}), subject.device)
-        except torch.OutOfMemoryError:
-            print(f"{name}: out of memory")
-            del ways[name]
-    return peaks, said
 
 
 @torch.inference_mode()

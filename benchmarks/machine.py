@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
@@ -140,6 +141,23 @@ def peak_memory(run: Callable[[], object], device: torch.device | str) -> int:
         done.set()
         watcher.join()
     return seen[0]
+
+
+def first_runs(runs: dict[str, Callable[[], T]], device: torch.device | str) -> tuple[dict[str, int], dict[str, T]]:
+    """Each run once, as its warm-up: its peak memory, and what it returned. What does not fit is said and left out of ``runs``."""
+    peaks: dict[str, int] = {}
+    returned: dict[str, T] = {}
+
+    def keep(name: str, run: Callable[[], T]) -> None:
+        returned[name] = run()
+
+    for name, run in list(runs.items()):
+        try:
+            peaks[name] = peak_memory(partial(keep, name, run), device)
+        except torch.OutOfMemoryError:
+            print(f"  {name}: out of memory")
+            del runs[name]
+    return peaks, returned
 
 
 def alternate(

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from machine import alternate, peak_memory, ratio_with_spread, show_limits, tf32
+from machine import alternate, first_runs, ratio_with_spread, show_limits, tf32
 from peft import LoraConfig, get_peft_model
 from recipe import recipe_flops, recipe_step
 from subject import MODELS, Subject, examples, load
@@ -99,7 +99,7 @@ def measure(
     if "recipe" not in without:
         # The last: it brings the weights in float32 to the device, which the peaks of the others must not count.
         runs["recipe"] = (theirs := Theirs(subject, samples, context, conversation))
-    peaks = first_runs(runs, subject)
+    peaks, _ = first_runs(runs, subject.device)
     learned = gradient(subject.hypernetwork)
     seconds = alternate(runs, rounds=rounds, device=subject.device, warm_up=0)
     flops = sum(training_flops(subject.backbone, subject.hypernetwork, read=c, answered=q, labels=n) for c, q, n in lengths)
@@ -128,18 +128,6 @@ def measure(
         ratio = ratio_with_spread(seconds["peft"], seconds["shine"])
         print(f"  against a LoRA fine-tuning step over the same tokens: {ratio} times as fast")
         print(f"  arithmetic alone allows {plain / flops:.2f}, {ratio.median / (plain / flops):.2f} of it is reached")
-
-
-def first_runs(runs: dict[str, Callable[[], object]], subject: Subject) -> dict[str, int]:
-    """Each way once, as its warm-up, and its peak memory. What does not fit is said and left out of ``runs``."""
-    peaks = {}
-    for name, run in list(runs.items()):
-        try:
-            peaks[name] = peak_memory(run, subject.device)
-        except torch.OutOfMemoryError:
-            print(f"  {name}: out of memory")
-            del runs[name]
-    return peaks
 
 
 def compare(subject: Subject, samples: Sequence[Sample], *, ours: float, theirs: float, learned: Tensor) -> None:
