@@ -36,7 +36,7 @@ from shine.pretrained import without_progress_bars
 from shine.prompt_cache import PromptCache
 from shine.provenance import ContextRecord, ModelRecord, Provenance, sha256
 from shine.reading import Reader
-from shine.zoo import HYPERNETWORKS, looks_like_hub_id
+from shine.zoo import looks_like_hub_id
 
 NOTHING_SAID = Conversation()
 CONTEXT_LENGTH = 1024
@@ -333,7 +333,7 @@ def _check_what_is_asked(
 
 def _locate(path: str) -> str:
     """What `find_checkpoint` finds: as it is, or the folder of one on the hub, which is downloaded."""
-    if path in HYPERNETWORKS or Path(path).expanduser().exists() or not looks_like_hub_id(path):
+    if Path(path).expanduser().exists() or not looks_like_hub_id(path):
         return path
     try:
         return str(download(HubId("hf", path)))

@@ -182,11 +182,11 @@ def ways(rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
         Method -> ceiling -> score -> its `way` with the interval, ``None`` where there is none to go.
     """
     ceilings = [name for name in CEILINGS if name in rows]
-    if FLOOR not in rows:
+    if FLOOR not in rows or not ceilings:
         return {}
     found: dict[str, Any] = {}
     for method in rows:
-        if method == FLOOR or method in CEILINGS or not ceilings:
+        if method == FLOOR or method in CEILINGS:
             continue
         found[method] = {ceiling: {} for ceiling in ceilings}
         for ceiling, score in product(ceilings, ("em", "f1")):
