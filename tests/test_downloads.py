@@ -379,7 +379,14 @@ def test_the_shipped_catalogue_holds_what_the_recipe_needs() -> None:
             assert f"{part['source']['path']}/".startswith(f"{folders[part['hub']]}/")
     # What can be fetched has the name of its source; MS MARCO's two versions are one repository, and SQuAD has a part of its own.
     names = {"msmarco_v1": "msmarco", "msmarco_v2": "msmarco", "squad_unseen": "squad"}
-    sources = {path.stem for path in (ROOT / "configs" / "source").glob("*.yaml")} - {"folder", "jsonl", "stories", "worlds"}
+    sources = {path.stem for path in (ROOT / "configs" / "source").glob("*.yaml")} - {
+        "folder",
+        "gaps",
+        "jsonl",
+        "recitations",
+        "stories",
+        "worlds",
+    }
     assert {names.get(name, name) for name in sources} <= set(catalogue["data"])
     for name in sources:
         path = load(ROOT / "configs" / "source" / f"{name}.yaml")["path"]

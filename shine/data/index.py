@@ -196,12 +196,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
-SAMPLE_CODE = ("examples", "grouping", "pieces", "samples", "splits", "stories", "table", "tally", "worlds")
+SAMPLE_CODE = ("examples", "gaps", "grouping", "pieces", "samples", "splits", "stories", "table", "tally", "worlds")
 """Modules of ``shine/data`` that the samples of a source depend on, beside its sources."""
 
 
 def code_fingerprint() -> str:
     """A hash of the code that makes samples, and of the chat format: an index made by other code is made again."""
     here = Path(__file__).parent
-    files = [*(here / f"{name}.py" for name in SAMPLE_CODE), *sorted((here / "sources").glob("*.py")), here.parent / "chat.py"]
+    files = [here / f"{name}.py" for name in SAMPLE_CODE] + sorted((here / "sources").glob("*.py"))
+    files += [here.parent / name for name in ("chat.py", "pieces.py")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

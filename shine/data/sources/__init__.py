@@ -11,6 +11,7 @@ from shine.config import SourceConfig
 from shine.data.examples import Example
 from shine.data.sources.conversations import read_conversations, read_jsonl, read_msmarco_mqa
 from shine.data.sources.files import Source
+from shine.data.sources.gaps import read_gaps, read_recitations
 from shine.data.sources.invented import read_worlds
 from shine.data.sources.questions import read_2wiki, read_hotpotqa, read_msmarco, read_musique, read_race, read_squad
 from shine.data.sources.reading_comprehension import (
@@ -51,6 +52,8 @@ READERS: dict[str, Callable[..., Iterator[Example]]] = {
     "jsonl": read_jsonl,
     "worlds": read_worlds,
     "stories": read_stories,
+    "gaps": read_gaps,
+    "recitations": read_recitations,
 }
 """Kinds of sources. What a reader takes by keyword are the source's ``options``."""
 

@@ -1,0 +1,81 @@
+"""Any plain text as a source of questions about it, or of texts to give back: no question of anybody's is needed."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+
+from shine.data.examples import Example, Turn
+from shine.data.gaps import gap_questions
+from shine.data.sources.files import Source, parsed
+from shine.pieces import sentences
+
+
+def read_gaps(
+    source: Source, *, column: str = "text", length: int = 200, turns: int = 6, of_each: int | None = None, seed: int = 0
+) -> Iterator[Example]:
+    """Passages of a text, each with questions made of its own sentences (see `shine.data.gaps`).
+
+    Args:
+        column: where the texts stand; rows in a row with one text, as in sets of questions, are read once.
+        length: most tokens of a passage, which is whole sentences of one text.
+        turns: questions of a passage, at most; passages without any are left out.
+        of_each: at most so many passages of a text, from its beginning.
+        seed: of which questions are asked.
+    """
+    _at_least_one(turns=turns)
+    for name, passage in _passages(source, column=column, length=length, of_each=of_each):
+        found = gap_questions(passage, most=turns, rng=random.Random(f"{seed} {passage}"))
+        if found:
+            yield Example(name, passage, found)
+
+
+def read_recitations(
+    source: Source, *, ask: str, column: str = "text", length: int = 200, of_each: int | None = None
+) -> Iterator[Example]:
+    """Passages of a text, each with one turn, ``ask``, whose answer is the passage.
+
+    With the task token of reconstruction as ``ask`` this is one half of pretraining, to be had beside questions, so that a QA
+    stage does not unlearn it.
+
+    Args:
+        column, length, of_each: as for `read_gaps`.
+    """
+    for name, passage in _passages(source, column=column, length=length, of_each=of_each):
+        yield Example(name, passage, (Turn(ask, (passage,), "recitation"),))
+
+
+def _passages(source: Source, *, column: str, length: int, of_each: int | None) -> Iterator[tuple[str, str]]:
+    """Names and passages: as many whole sentences as fit into ``length`` tokens; a sentence that does not fit ends one."""
+    _at_least_one(length=length, of_each=of_each)
+    rows = parsed(source, {column: str | None}, lambda row, place: (row[column] or "").strip())
+    for index, (text, _) in enumerate(itertools.groupby(rows)):
+        passages = itertools.islice(_cut(text, source, length), of_each)
+        yield from ((f"{source.config.split}-{index}#{number}", passage) for number, passage in enumerate(passages, start=1))
+
+
+def _cut(text: str, source: Source, length: int) -> Iterator[str]:
+    held, total = list[str](), 0
+    for sentence in sentences(text):
+        count = source.tokens(sentence)
+        if held and total + count > length:
+            yield _within(held, source, length)
+            held, total = [], 0
+        if count <= length:
+            held.append(sentence)
+            total += count
+    if held:
+        yield _within(held, source, length)
+
+
+def _within(held: list[str], source: Source, length: int) -> str:
+    """Sentences as one text; the last goes where together they have more tokens than one by one."""
+    passage = "".join(held).strip()
+    return passage if source.tokens(passage) <= length or len(held) == 1 else _within(held[:-1], source, length)
+
+
+def _at_least_one(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"options.{name}={count}: at least 1")
