@@ -1,10 +1,14 @@
-"""Attention in blocks of queries, made of plain matrix products: what a CPU does fastest.
+"""How a backbone attends: in blocks of queries on a CPU, by PyTorch's fused attention on a GPU.
 
 PyTorch's fused attention on a CPU runs far below the rate of the matrix products it is made of, the more so in the backward pass
-and under a padding mask (``docs/performance.md``). Here each block of queries sees only the keys up to its end, so that nothing
-above the causal diagonal is computed but in the block on it.
+and under a padding mask (``docs/performance.md``). ``blocks`` is made of plain matrix products, and each block of queries sees only
+the keys up to its end, so that nothing above the causal diagonal is computed but in the block on it.
 
-`register` makes it known to transformers as the ``attn_implementation`` called ``blocks``.
+``fused`` is transformers' ``sdpa`` but for positions that see nothing, which padding on the left has. The kernel that CUDA takes
+under a mask can leave NaN there, depending on lengths, and so in the gradients of a batch (``docs/performance.md``); here they see
+everything instead, and what they hold is never read.
+
+`register` makes both known to transformers as an ``attn_implementation``.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "blocks"
+BLOCKS, FUSED = "blocks", "fused"
 BLOCK = 256
 """Queries at a time: their scores stay in a processor's cache, and the products are still large."""
 
@@ -63,9 +67,22 @@ def mix(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def register() -> None:
-    """Let transformers know ``attn_implementation="blocks"``."""
-    AttentionInterface.register(NAME, _forward)
-    AttentionMaskInterface.register(NAME, _mask)
+    """Let transformers know ``attn_implementation="blocks"`` and ``"fused"``."""
+    AttentionInterface.register(BLOCKS, _forward)
+    AttentionMaskInterface.register(BLOCKS, _mask)
+    AttentionInterface.register(FUSED, sdpa_attention_forward)
+    AttentionMaskInterface.register(FUSED, without_empty_rows)
+
+
+def best_on(device: torch.device) -> str:
+    """The fastest ``attn_implementation`` of a device."""
+    return BLOCKS if device.type == "cpu" else FUSED
+
+
+def without_empty_rows(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Which keys each query sees, as transformers' ``sdpa`` has it, ``[B, 1, queries, keys]``; one that sees none sees all."""
+    seen = sdpa_mask(*args, **kwargs)
+    return None if seen is None else seen | ~seen.any(-1, keepdim=True)
 
 
 def _later(length: int, like: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class BackboneConfig:
         path: a folder, a hub id, or the name of a model that `shine.zoo` knows.
         dtype: of the frozen weights and of the passes through them.
         device: ``auto`` takes CUDA where there is some.
-        attention: transformers' ``attn_implementation``; ``auto`` is our ``blocks`` on a CPU and ``sdpa`` elsewhere.
+        attention: transformers' ``attn_implementation``; ``auto`` is our ``blocks`` on a CPU and ``fused`` elsewhere.
         activation_checkpointing: recompute layers in the backward pass.
         shard: spread the frozen layers over the ranks of a training run (FSDP2), for a backbone that does not fit one device.
         allow_variant: take a hypernetwork that was trained on other weights of the same architecture and vocabulary.

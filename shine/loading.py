@@ -45,7 +45,7 @@ def _attention(name: str, device: torch.device) -> str:
     attention.register()
     if name != "auto":
         return name
-    return attention.NAME if device.type == "cpu" else "sdpa"
+    return attention.best_on(device)
 
 
 def variant_name(path: str, backbone: Backbone) -> str | None:

@@ -71,7 +71,7 @@ def tiny_model(kind: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = torch
         "eos_token_id": 2,
         "pad_token_id": 0,
         # What `load_backbone` takes on a CPU.
-        "attn_implementation": attention.NAME,
+        "attn_implementation": attention.BLOCKS,
         **extra,
     }
     attention.register()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from shine import attention
 
@@ -58,9 +62,11 @@ def test_blocks_give_the_whole_and_its_gradients(
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "qwen2"])
 @pytest.mark.parametrize("padding", [0, 3])
-def test_a_model_computes_what_it_does_with_sdpa(kind: str, padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [attention.BLOCKS, attention.FUSED])
+def test_a_model_computes_what_it_does_with_sdpa(kind: str, padding: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "BLOCK", 4)
     model = tiny_model(kind, dtype=torch.float64)
+    model.set_attn_implementation(name)
     ids = torch.arange(26).view(2, 13) + 9
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
@@ -71,6 +77,39 @@ def test_a_model_computes_what_it_does_with_sdpa(kind: str, padding: int, monkey
     # transformers computes its rotations in float32.
     torch.testing.assert_close(found[:, padding:], expected[:, padding:], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-6)
+
+
+def test_fused_attention_leaves_no_position_without_a_key() -> None:
+    """What CUDA's kernel makes of a position that sees nothing may be NaN, and so then is the gradient of the batch."""
+    masks = []
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
+    ) -> tuple[Tensor, None]:
+        masks.append(attention_mask)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    model = tiny_model()
+    AttentionInterface.register(attention.FUSED, attend)
+    try:
+        model.set_attn_implementation(attention.FUSED)
+        ids = torch.arange(26).view(2, 13) + 9
+        model(input_ids=ids, attention_mask=(torch.arange(13) >= torch.tensor([[5], [0]])).long())
+        assert len(masks) == len(model.model.layers)
+        assert all(mask.any(-1).all() for mask in masks)
+        # Only what saw nothing is changed.
+        assert masks[0][0, 0, 5:, :5].sum() == 0
+        assert torch.equal(masks[0][1, 0], torch.ones(13, 13, dtype=torch.bool).tril())
+        masks.clear()
+        model(input_ids=ids)
+        assert masks == [None] * len(model.model.layers), "nothing is padded: the kernel knows what is causal"
+    finally:
+        attention.register()
+
+
+def test_a_gpu_attends_by_the_fused_kernel_and_a_cpu_in_blocks() -> None:
+    assert attention.best_on(torch.device("cuda", 1)) == attention.FUSED
+    assert attention.best_on(torch.device("cpu")) == attention.BLOCKS
 
 
 def test_decoding_with_a_cache_goes_on_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
