@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--without-recipe", action="store_true", help="leave the published way out")
     args = parser.parse_args()
-    subject = load(args.model, device=args.device, precise=not args.without_recipe)
+    subject = load(args.model, device=args.device)
     rates = show_limits(subject.backbone, rows=args.lengths)
     print(f"\n{args.model}, {subject.hypernetwork.memory_tokens.shape[0]} memory tokens")
     head = f"{'context':>8} {'encoding':>10} {'a token':>10} {'plain pass':>11} {'times as long':>28}"
@@ -51,16 +51,17 @@ def main() -> None:
         rate = rates[length, subject.backbone.dtype]
         print(_line(subject, length, spent=spent, plain=median(plain), ratio=ratio, peak=peak, rate=rate), flush=True)
     print(f"\na token of {args.lengths[-1]:,} takes {a_token[-1] / a_token[0]:.2f} times as long as one of {args.lengths[0]:,}")
-    if subject.precise is not None:
-        for length in (length for length in args.lengths if length <= PADDED):
-            against_the_recipe(subject, length, rounds=args.rounds)
+    if not args.without_recipe:
+        try:
+            for length in (length for length in args.lengths if length <= PADDED):
+                against_the_recipe(subject, length, rounds=args.rounds)
+        except torch.OutOfMemoryError:
+            print("against the recipe: its float32 weights do not fit, out of memory")
 
 
 def against_the_recipe(subject: Subject, length: int, *, rounds: int) -> None:
     """Our encoding and the recipe's in turns, and how far their adapters are apart; more than rounding ends the program."""
-    assert subject.precise is not None
     precise, hypernetwork, found = subject.precise, subject.hypernetwork, dict[str, LoRA]()
-    precise.model.to(subject.device)
     ids = tokens(1, length, subject.backbone)
     context = ids[0].tolist()
 

@@ -109,7 +109,7 @@ def main() -> None:
     config = configured(
         EvaluationConfig, "test", ["sets=stories", "stage.context_length=1150", *args.overrides, f"max_new_tokens={args.new}"]
     )
-    subject = load(args.model, device=args.device, precise=not args.without_recipe)
+    subject = load(args.model, device=args.device)
     tokenizer = load_tokenizer(resolve(args.tokenizer or ("smollm2-135m" if args.model in QWEN3 else args.model)))
     speaker = Speaker(subject.backbone, tokenizer, config.prompts)
     try:
@@ -120,16 +120,17 @@ def main() -> None:
     method = Shine("shine", speaker, subject.hypernetwork)
     together = f"{args.contexts} side by side"
     ways = {together: Way(method, examples, config, size=args.contexts), "one by one": Way(method, examples, config, size=1)}
-    if subject.precise is not None:
-        precise = replace(speaker, backbone=subject.precise)
-        theirs = RecipeShine("recipe", precise, subject.hypernetwork, context_length=config.stage.context_length)
-        # The last: it brings the weights in float32 to the device, which the peaks of the others must not count.
-        ways["recipe"] = Way(theirs, examples, config, size=0)
-    peaks = {}
-    for name, way in ways.items():
-        if name == "recipe":
-            way.method.speaker.backbone.model.to(subject.device)
-        peaks[name] = peak_memory(way, subject.device)
+    peaks = {name: peak_memory(way, subject.device) for name, way in ways.items()}
+    if not args.without_recipe:
+        # The last: it makes the weights in float32, which the peaks of the others must not count.
+        try:
+            precise = replace(speaker, backbone=subject.precise)
+            theirs = RecipeShine("recipe", precise, subject.hypernetwork, context_length=config.stage.context_length)
+            published = Way(theirs, examples, config, size=0)
+            peaks["recipe"] = peak_memory(published, subject.device)
+            ways["recipe"] = published
+        except torch.OutOfMemoryError:
+            print("  recipe: out of memory")
     seconds = alternate(dict[str, Callable[[], object]](ways), rounds=args.rounds, device=subject.device, warm_up=0)
     show(subject, ways, seconds, peaks, rate=rates[256, subject.backbone.dtype])
     limit = rates[args.contexts, subject.backbone.dtype] / rates[1, subject.backbone.dtype]

@@ -44,12 +44,12 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--without-recipe", action="store_true", help="leave the published way out")
     args = parser.parse_args()
-    subject = load(args.model, device=args.device, precise=not args.without_recipe)
+    subject = load(args.model, device=args.device)
     rates = show_limits(subject.backbone, rows=(1, args.batch))
     print(f"\n{args.model}: {args.batch} questions of {args.prompt} tokens, {args.new} new tokens each")
     with torch.inference_mode():
         lora = subject.hypernetwork(subject.backbone, tokens(args.batch, args.context, subject.backbone), None)
-    ways = answering(subject, lora, prompt=args.prompt, new=args.new)
+    ways = answering(subject, lora, prompt=args.prompt, new=args.new, recipe=not args.without_recipe)
     peaks, said = first_runs(ways, subject.device)
     seconds = alternate(dict[str, Callable[[], object]](ways), rounds=args.rounds, device=subject.device, warm_up=0)
     useful = args.batch * (args.prompt + args.new)
@@ -75,10 +75,10 @@ def main() -> None:
     print(f"The products of a decoding step alone would allow {limit:.1f} times as many answers a second side by side.")
 
 
-def answering(subject: Subject, lora: LoRA, *, prompt: int, new: int) -> dict[str, Callable[[], Tensor]]:
+def answering(subject: Subject, lora: LoRA, *, prompt: int, new: int, recipe: bool) -> dict[str, Callable[[], Tensor]]:
     """Ways to answer one question under each adapter of ``lora``; each takes the whole batch through and returns what it wrote.
 
-    The recipe's, where the subject has weights for it, is the last: it brings them to the device.
+    The recipe's, where it is asked for, is the last: it makes the weights in float32.
     """
     questions = tokens(lora.batch, prompt, subject.backbone)
     seen = torch.ones_like(questions)
@@ -95,8 +95,6 @@ def answering(subject: Subject, lora: LoRA, *, prompt: int, new: int) -> dict[st
         return torch.cat([generate(backbone, row, adapter) for row, adapter in zip(rows, alone, strict=True)])
 
     def as_published() -> Tensor:
-        assert subject.precise is not None
-        subject.precise.model.to(subject.device)
         with tf32():
             return one_by_one(subject.precise)
 
@@ -107,7 +105,7 @@ def answering(subject: Subject, lora: LoRA, *, prompt: int, new: int) -> dict[st
         "side by side, one adapter merged": lambda: generate(merged, slice(None), None),
         "side by side, no adapter": lambda: generate(subject.backbone, slice(None), None),
     }
-    if subject.precise is not None:
+    if recipe:
         ways[RECIPE] = as_published
     return ways
 
@@ -116,7 +114,6 @@ def answering(subject: Subject, lora: LoRA, *, prompt: int, new: int) -> dict[st
 def compare(subject: Subject, lora: LoRA, written: Tensor, *, prompt: int) -> None:
     """Say how far the losses of what the recipe wrote are apart, side by side in bfloat16 and as the recipe computes it; more than
     rounding ends the program."""
-    assert subject.precise is not None
     ids = torch.cat([tokens(lora.batch, prompt, subject.backbone), written], dim=1)
 
     def loss(backbone: Backbone) -> float:

@@ -16,6 +16,7 @@ Run by itself it prints the limits of this machine at the shapes of a model: ``p
 from __future__ import annotations
 
 import argparse
+import gc
 import resource
 import statistics
 import threading
@@ -98,9 +99,10 @@ def gemm_rate(
     Args:
         shapes: (rows, in, out) of each product of a pass; a multiplication with its addition is two operations.
     """
-    generator = torch.Generator().manual_seed(0)
-    inputs = {(m, k): torch.randn(m, k, generator=generator).to(device, dtype) for m, k, _ in shapes}
-    weights = [torch.randn(n, k, generator=generator).to(device, dtype) for _, k, n in shapes]
+    # On the device: a model's worth of numbers takes a minute to draw in host memory.
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = {(m, k): torch.randn(m, k, generator=generator, device=device, dtype=dtype) for m, k, _ in shapes}
+    weights = [torch.randn(n, k, generator=generator, device=device, dtype=dtype) for _, k, n in shapes]
 
     def products() -> None:
         for (m, k, _), weight in zip(shapes, weights, strict=True):
@@ -143,8 +145,21 @@ def peak_memory(run: Callable[[], object], device: torch.device | str) -> int:
     return seen[0]
 
 
-def first_runs(runs: dict[str, Callable[[], T]], device: torch.device | str) -> tuple[dict[str, int], dict[str, T]]:
-    """Each run once, as its warm-up: its peak memory, and what it returned. What does not fit is said and left out of ``runs``."""
+def release(device: torch.device | str) -> None:
+    """Give back what nobody holds any more; a backbone and its hooks hold each other."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def first_runs(
+    runs: dict[str, Callable[[], T]], device: torch.device | str, *, warm_up: int = 0
+) -> tuple[dict[str, int], dict[str, T]]:
+    """Each run once, as its warm-up: its peak memory, and what it returned. What does not fit is said and left out of ``runs``.
+
+    Args:
+        warm_up: runs of each before, where it is the first that makes what all later ones hold.
+    """
     peaks: dict[str, int] = {}
     returned: dict[str, T] = {}
 
@@ -153,10 +168,15 @@ def first_runs(runs: dict[str, Callable[[], T]], device: torch.device | str) -> 
 
     for name, run in list(runs.items()):
         try:
+            for _ in range(warm_up):
+                run()
             peaks[name] = peak_memory(partial(keep, name, run), device)
         except torch.OutOfMemoryError:
             print(f"  {name}: out of memory")
             del runs[name]
+        if name not in runs:
+            # Not sooner: until here the error holds what was computed.
+            release(device)
     return peaks, returned
 
 
@@ -217,16 +237,19 @@ def show_limits(backbone: Backbone, *, rows: Sequence[int]) -> dict[tuple[int, t
     float32 on a GPU is TF32, as the recipe has it.
     """
     device = backbone.device
-    print(f"{describe(device)}; copying {copy_bandwidth(device) / 1e9:,.1f} GB/s, read and written")
+    # A GPU makes thousands of passes a second.
+    share = 0.1 if device.type == "cuda" else 1.0
+    print(f"{describe(device)}; copying {copy_bandwidth(device, seconds=share) / 1e9:,.1f} GB/s, read and written")
     rates = {}
     for count in rows:
         shapes = linear_shapes(backbone, rows=count)
         for dtype in (torch.bfloat16, torch.float32):
             with tf32():
-                rates[count, dtype] = gemm_rate(shapes, dtype=dtype, device=device)
+                rates[count, dtype] = gemm_rate(shapes, dtype=dtype, device=device, seconds=2 * share)
         names = {torch.bfloat16: "bfloat16", torch.float32: "TF32" if device.type == "cuda" else "float32"}
         found = ", ".join(f"{rates[count, dtype] / 1e9:>8,.1f} {name}" for dtype, name in names.items())
         print(f"its linears on {count:>5,} tokens, GFLOP/s: {found}", flush=True)
+    release(device)
     return rates
 
 

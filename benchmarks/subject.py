@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from machine import configured
+from machine import configured, release
 from qwen3 import SHAPES, qwen3_config
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shine import attention
@@ -36,45 +36,54 @@ MODELS = (*WITH_WEIGHTS, *QWEN3)
 
 @dataclass(frozen=True)
 class Subject:
-    """A backbone in bfloat16, the same weights in float32, and one hypernetwork for both.
+    """A backbone in bfloat16, the same weights in float32 once they are asked for, and one hypernetwork for both.
 
     Attributes:
-        precise: float32, for the recipe's way, in host memory until that takes it; ``None`` where it was not asked for.
         plain: makes the backbone's model without hooks, on the same weights.
     """
 
     name: str
     backbone: Backbone
-    precise: Backbone | None
     hypernetwork: Hypernetwork
     device: torch.device
     plain: Callable[[], PreTrainedModel]
 
+    @functools.cached_property
+    def precise(self) -> Backbone:
+        """The weights in float32, for the recipe's way. Made on the device by the first who asks, and not sooner: what has run
+        before has had the memory to itself.
 
-def load(name: str, *, device: str = "auto", precise: bool = False, activation_checkpointing: bool = False) -> Subject:
+        Raises:
+            torch.OutOfMemoryError: they do not fit beside the rest.
+        """
+        model = _same_weights(self.plain(), dtype=torch.float32)
+        model.set_attn_implementation(attention.FUSED)
+        return Backbone(model, targets=self.hypernetwork.config.targets)
+
+    def forget_precise(self) -> None:
+        """Let the float32 weights go, where nobody else holds them."""
+        self.__dict__.pop("precise", None)
+        release(self.device)
+
+
+def load(name: str, *, device: str = "auto", activation_checkpointing: bool = False) -> Subject:
     """One of `MODELS`.
 
     Args:
         device: ``auto`` takes CUDA where there is some.
-        precise: hold the weights in float32 too.
     """
     place = find_device(device)
     config = configured(TrainConfig, "train", [*WITH_WEIGHTS.get(name, (f"experiment={name}",)), "output=none"])
     attention.register()
     with without_progress_bars():
         model: Any = _with_weights(name) if name in WITH_WEIGHTS else _with_random_weights(name, place)
-    twin = copy.deepcopy(model).float() if precise else None
     # Not to another type: the frequencies of the rotary embedding are float32 in every model.
     model = model.to(place)
-    model.set_attn_implementation(attention.NAME if place.type == "cpu" else "sdpa")
+    model.set_attn_implementation(attention.best_on(place))
     plain = functools.partial(_same_weights, _same_weights(model.eval().requires_grad_(False)))
     targets = config.hypernetwork.targets
     backbone = Backbone(model, targets=targets, activation_checkpointing=activation_checkpointing)
-    exact = None
-    if twin is not None:
-        twin.set_attn_implementation("sdpa")
-        exact = Backbone(twin, targets=targets)
-    return Subject(name, backbone, exact, _hypernetwork(config.hypernetwork, backbone), place, plain)
+    return Subject(name, backbone, _hypernetwork(config.hypernetwork, backbone), place, plain)
 
 
 def examples(lengths: Sequence[tuple[int, int, int]], *, vocabulary_size: int) -> list[Sample]:
@@ -111,8 +120,13 @@ def _with_random_weights(name: str, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def _same_weights(model: PreTrainedModel) -> PreTrainedModel:
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+def _same_weights(model: PreTrainedModel, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model of its own on the same weights, or on copies of them in another type; buffers are the same."""
+    kept: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        given = parameter if dtype is None else nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+        kept[id(parameter)] = given
+    return copy.deepcopy(model, kept)
 
 
 def _hypernetwork(config: HypernetworkConfig, backbone: Backbone) -> Hypernetwork:

@@ -72,9 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     # PEFT calls what transformers deprecates.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    subject = load(
-        args.model, device=args.device, precise="recipe" not in args.without, activation_checkpointing=args.checkpointing
-    )
+    subject = load(args.model, device=args.device, activation_checkpointing=args.checkpointing)
     if args.profile:
         for row in args.rows:
             show_profile(subject, lengths_of(row, args.batch))
@@ -97,10 +95,12 @@ def measure(
     if "peft" not in without:
         runs["peft"] = FineTuning(subject, samples)
     if "recipe" not in without:
-        # The last: it brings the weights in float32 to the device, which the peaks of the others must not count.
+        # The last: it makes the weights in float32, which the peaks of the others must not count.
+        subject.forget_precise()
         runs["recipe"] = (theirs := Theirs(subject, samples, context, conversation))
-    peaks, _ = first_runs(runs, subject.device)
-    learned = gradient(subject.hypernetwork)
+    # The first step makes the optimizer's moments, after its own peak; on a GPU another one costs nothing.
+    peaks, _ = first_runs(runs, subject.device, warm_up=int(subject.device.type == "cuda"))
+    learned = gradient(subject.hypernetwork) if "recipe" in runs else None
     seconds = alternate(runs, rounds=rounds, device=subject.device, warm_up=0)
     flops = sum(training_flops(subject.backbone, subject.hypernetwork, read=c, answered=q, labels=n) for c, q, n in lengths)
     print(f"\n{title}: {len(samples)} sample(s), {useful:,} useful tokens, {flops / 1e12:.2f} TFLOP")
@@ -108,7 +108,7 @@ def measure(
         spent = median(seconds[name])
         print(f"  {name:8} {spent:8.3f} s  {useful / spent:9,.0f} useful tokens/s  peak {peaks[name] / 2**30:6.2f} GiB", flush=True)
     print(f"  share of the bfloat16 matrix rate: {flops / median(seconds['shine']) / rate:.0%}")
-    if "recipe" in runs:
+    if learned is not None:
         padded = len(samples) * recipe_flops(
             subject.backbone, subject.hypernetwork, context_length=context, conversation_length=conversation
         )
@@ -137,7 +137,6 @@ def compare(subject: Subject, samples: Sequence[Sample], *, ours: float, theirs:
         ours, theirs: losses, in bfloat16 and in float32.
         learned: the recipe's gradient.
     """
-    assert subject.precise is not None
     exact = Ours(replace(subject, backbone=subject.precise), samples)
     with tf32():
         exact()
@@ -187,28 +186,21 @@ class Theirs:
     """The recipe's step."""
 
     def __init__(self, subject: Subject, samples: Sequence[Sample], context: int, conversation: int) -> None:
-        assert subject.precise is not None
-        self._backbone, self._device = subject.precise, subject.device
+        self._subject, self._samples = subject, samples
         self._optimizer = still(torch.optim.AdamW(subject.hypernetwork.parameters()))
-        self._step = partial(
-            recipe_step,
-            subject.hypernetwork,
-            subject.precise,
-            samples,
-            optimizer=self._optimizer,
-            context_length=context,
-            conversation_length=conversation,
-        )
+        self._lengths = {"context_length": context, "conversation_length": conversation}
         self.loss = 0.0
 
     def __call__(self) -> None:
+        subject = self._subject
         try:
-            self._backbone.model.to(self._device)
-            self.loss = self._step()
+            self.loss = recipe_step(
+                subject.hypernetwork, subject.precise, self._samples, optimizer=self._optimizer, **self._lengths
+            )
         except torch.OutOfMemoryError:
             # Leaves the device to the others.
             self._optimizer.state.clear()
-            self._backbone.model.to("cpu")
+            subject.forget_precise()
             raise
 
 

@@ -106,12 +106,11 @@ def test_a_recipe_that_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch, cap
 
 def test_the_subject_is_what_training_loads() -> None:
     """Weights in bfloat16, the frequencies of the rotary embedding not."""
-    subject = load("cpu-world", device="cpu", precise=True)
+    subject = load("cpu-world", device="cpu")
     path = str(ASSETS / "cpu-world" / "backbone")
     trained, _ = load_backbone(
         BackboneConfig(path=path, dtype="bfloat16", device="cpu"), targets=subject.hypernetwork.config.targets
     )
-    assert subject.precise is not None
     for name, tensor in trained.model.state_dict().items():
         assert torch.equal(subject.backbone.model.state_dict()[name], tensor)
         assert torch.equal(subject.precise.model.state_dict()[name], tensor.float())
@@ -138,8 +137,7 @@ def test_encodings_and_answers_that_differ_are_told(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("encode.recipe_lora", lambda *given, **more: recipe_lora(*given, **more).scale(4.0))
     with pytest.raises(SystemExit, match="do not compute the same"):
         run("encode", ["--lengths", "32"], monkeypatch, capsys)
-    subject = load("cpu-world", device="cpu", precise=True)
-    assert subject.precise is not None
+    subject = load("cpu-world", device="cpu")
     with torch.no_grad():
         subject.precise.model.get_input_embeddings().weight.mul_(-1)
         lora = subject.hypernetwork(subject.backbone, tokens(2, 40, subject.backbone), None)
