@@ -33,13 +33,13 @@ def recorder(tmp_path: Path) -> Path:
     return program
 
 
-def commands(script: str, *arguments: str | Path, recorder: Path) -> list[list[str]]:
+def commands(script: str, *arguments: str | Path, recorder: Path, **variables: str) -> list[list[str]]:
     """What a script ran."""
     log = recorder.parent / "log"
     log.unlink(missing_ok=True)
     for folder in ("squad", "race", "wikitext/wikitext-2-v1"):
         (recorder.parent / "data" / folder).mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHON": str(recorder), "SHINE_DATA": str(recorder.parent / "data")}
+    environment = {**os.environ, "PYTHON": str(recorder), "SHINE_DATA": str(recorder.parent / "data"), **variables}
     subprocess.run(["sh", FOLDER / script, *arguments], check=True, env=environment, capture_output=True)
     return [line.split("\t") for line in log.read_text().splitlines()] if log.exists() else []
 
@@ -68,6 +68,18 @@ def test_training_from_nothing_makes_the_reader_too(tmp_path: Path, recorder: Pa
     for command in found[:3]:
         assert composed(TrainConfig, "train", command[1:]).backbone.path == "smollm2-135m"
     assert composed(TrainConfig, "train", [f"output={out}/reader", *found[3][4:]]).stage.name == "mqa"
+
+
+def test_the_recipe_for_a_gpu_is_chosen_by_name(tmp_path: Path, recorder: Path) -> None:
+    found = commands("train.sh", tmp_path / "out", "nothing", recorder=recorder, EXPERIMENT="smollm2_gpu")
+    configs = [composed(TrainConfig, "train", command[1:]) for command in found[:3]]
+    assert {config.hypernetwork.rank for config in configs} == {8}
+    assert [config.stage.batch_size for config in configs] == [64, 128, 128]
+    # What a recitation asks is what pretraining asks; of RACE's passages the column that holds them is read.
+    train = configs[1].data.train
+    assert train["recitations"].options["ask"] == configs[1].backbone.task_tokens.reconstruct
+    assert (train["gaps_race"].path, train["gaps_race"].options["column"]) == (train["race"].path, "article")
+    assert "experiment=smollm2_gpu" in found[3]
 
 
 def test_scoring_asks_all_four_methods_and_looks_for_side_effects(tmp_path: Path, recorder: Path) -> None:

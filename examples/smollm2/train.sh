@@ -7,6 +7,8 @@
 #   checkpoint  what they start from: smollm2-135m, the shipped one; nothing trains the three stages and the reader from nothing
 #   KEY=VALUE   for every stage, as for train.py: stage.steps=3000 backbone.device=cuda
 #
+# EXPERIMENT=smollm2_gpu sh examples/smollm2/train.sh … takes the recipe of what ships, for a GPU of 80 GB.
+#
 # Reads data/squad, data/race and, from nothing, data/transmla_pretrain_6B_tokens ($SHINE_DATA instead of data; with .venv active):
 #   sh scripts/download_data.sh squad race transmla
 set -eu
@@ -16,6 +18,7 @@ start=${2:-smollm2-135m}
 [ $# -lt 2 ] || shift
 [ $# -lt 1 ] || shift
 python=${PYTHON:-.venv/bin/python}
+experiment=${EXPERIMENT:-smollm2}
 
 stages="mqa 1qa"
 if [ "$start" = nothing ]; then
@@ -31,12 +34,12 @@ for folder in squad race; do
 done
 for stage in $stages; do
     if [ ! -e "$out/$stage/final" ]; then
-        "$python" train.py experiment=smollm2 "stage=$stage" "checkpoint=$start" "output=$out/$stage" resume=auto "$@"
+        "$python" train.py "experiment=$experiment" "stage=$stage" "checkpoint=$start" "output=$out/$stage" resume=auto "$@"
     fi
     start=$out/$stage
 done
 if [ "$stages" = "pretrain mqa 1qa" ] && [ ! -e "$out/reader" ]; then
-    "$python" -m shine.cli.main tune-reader "$out/reader" experiment=smollm2 stage=mqa stage.steps=150 "$@"
+    "$python" -m shine.cli.main tune-reader "$out/reader" "experiment=$experiment" stage=mqa stage.steps=150 "$@"
 fi
 reader=shine/assets/smollm2-135m/reader
 [ ! -e "$out/reader" ] || reader=$out/reader
