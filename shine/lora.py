@@ -259,6 +259,11 @@ class LoRA(Mapping[str, tuple[Tensor, Tensor]]):
         norm = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
         return gram / (norm[:, None] * norm[None, :])
 
+    def pair_cosines(self) -> Tensor:
+        """`cosine` of every two different samples, each pair once, ``[B (B - 1) / 2]``."""
+        first, second = torch.triu_indices(self.batch, self.batch, offset=1)
+        return self.cosine()[first, second]
+
     def inner(self, other: LoRA) -> float:
         """Inner product of two single updates over all linears, whatever their ranks; with itself the squared norm.
 

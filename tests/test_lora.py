@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -212,6 +213,8 @@ def test_cosine_is_that_of_the_flattened_updates(batch: int, rank: int, seed: in
     flat = torch.cat([update.flatten(1) for update in updates(lora).values()], dim=1)
     flat = flat / flat.norm(dim=1, keepdim=True)
     torch.testing.assert_close(lora.cosine().double(), flat @ flat.T, rtol=0, atol=2e-6)
+    pairs = [float(flat[first] @ flat[second]) for first, second in itertools.combinations(range(batch), 2)]
+    assert lora.pair_cosines().tolist() == pytest.approx(pairs, abs=2e-6)
 
 
 @given(ranks=st.tuples(st.integers(1, 5), st.integers(1, 5)), seed=st.integers(0, 2**20))

@@ -224,10 +224,10 @@ def _add_tensors(digest: hashlib._Hash, tensors: Mapping[str, torch.Tensor]) -> 
 
 def spread(lora: LoRA) -> dict[str, float]:
     """Of the adapters of one batch: the sum of the cosines of every two, how many pairs that is, and the sum of effective ranks."""
-    cosine, pairs = lora.cosine(), lora.batch * (lora.batch - 1) // 2
+    cosines = lora.pair_cosines()
     return {
-        "cosines": float(cosine.triu(diagonal=1).sum()),
-        "pairs": pairs,
+        "cosines": float(cosines.sum()),
+        "pairs": len(cosines),
         "effective_ranks": float(lora.effective_rank()) * lora.batch,
         "adapters": lora.batch,
     }

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shine.data.examples import Example, Turn
 from shine.data.worlds import NAMES, RELATIONS
 from shine.evaluation.methods import Answer, Asked, InContext, Method, Shine, Speaker
@@ -239,12 +237,11 @@ def by_position(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def geometry(lora: LoRA) -> dict[str, Any]:
     """How unlike the adapters of different contexts are, and how many directions each uses."""
-    cosine = lora.cosine()
-    away = cosine[~torch.eye(len(cosine), dtype=torch.bool, device=cosine.device)].float()
+    away = lora.pair_cosines().float()
     found: dict[str, Any] = {"effective_rank": float(lora.effective_rank()), "rank": next(iter(lora.values()))[0].shape[2]}
     if len(away):
         spread = {"p10": float(away.quantile(0.1)), "mean": float(away.mean()), "p90": float(away.quantile(0.9))}
-        found |= {"cosine": spread, "cosines": [round(value, 4) for value in away.sort().values[::2].tolist()]}
+        found |= {"cosine": spread, "cosines": [round(value, 4) for value in away.sort().values.tolist()]}
     return found
 
 

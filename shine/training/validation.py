@@ -73,9 +73,7 @@ class Validation:
         lora = self._adapters(hypernetwork, samples)
         if lora.batch > 1:
             results["validation/adapter_gap"] = self._gap(samples, lora)
-            cosine = lora.cosine()
-            off_diagonal = cosine[~torch.eye(lora.batch, dtype=torch.bool, device=cosine.device)]
-            results["validation/adapter_cosine"] = float(off_diagonal.mean())
+            results["validation/adapter_cosine"] = float(lora.pair_cosines().mean())
         results["validation/adapter_effective_rank"] = float(lora.effective_rank())
         return results
 
