@@ -56,7 +56,7 @@ def main() -> None:
             for length in (length for length in args.lengths if length <= PADDED):
                 against_the_recipe(subject, length, rounds=args.rounds)
         except torch.OutOfMemoryError:
-            print("against the recipe: its float32 weights do not fit, out of memory")
+            print("against the recipe: out of memory")
 
 
 def against_the_recipe(subject: Subject, length: int, *, rounds: int) -> None:

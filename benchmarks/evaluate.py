@@ -124,17 +124,24 @@ def main() -> None:
     if not args.without_recipe:
         # The last: it makes the weights in float32, which the peaks of the others must not count.
         try:
-            precise = replace(speaker, backbone=subject.precise)
-            theirs = RecipeShine("recipe", precise, subject.hypernetwork, context_length=config.stage.context_length)
-            published = Way(theirs, examples, config, size=0)
-            peaks["recipe"] = peak_memory(published, subject.device)
-            ways["recipe"] = published
+            ways["recipe"], peaks["recipe"] = as_published(subject, speaker, examples, config)
         except torch.OutOfMemoryError:
             print("  recipe: out of memory")
+        if "recipe" not in ways:
+            # Not sooner: until here the error holds what was computed.
+            subject.forget_precise()
     seconds = alternate(dict[str, Callable[[], object]](ways), rounds=args.rounds, device=subject.device, warm_up=0)
     show(subject, ways, seconds, peaks, rate=rates[256, subject.backbone.dtype])
     limit = rates[args.contexts, subject.backbone.dtype] / rates[1, subject.backbone.dtype]
     print(f"The products of a decoding step alone would allow {limit:.1f} times as many questions a second side by side.")
+
+
+def as_published(subject: Subject, speaker: Speaker, examples: Sequence[Example], config: EvaluationConfig) -> tuple[Way, int]:
+    """The recipe's way, run once, and its peak memory."""
+    precise = replace(speaker, backbone=subject.precise)
+    method = RecipeShine("recipe", precise, subject.hypernetwork, context_length=config.stage.context_length)
+    way = Way(method, examples, config, size=0)
+    return way, peak_memory(way, subject.device)
 
 
 def alike(config: EvaluationConfig, speaker: Speaker, *, contexts: int, questions: int) -> list[Example]:

@@ -51,6 +51,8 @@ def main() -> None:
         lora = subject.hypernetwork(subject.backbone, tokens(args.batch, args.context, subject.backbone), None)
     ways = answering(subject, lora, prompt=args.prompt, new=args.new, recipe=not args.without_recipe)
     peaks, said = first_runs(ways, subject.device)
+    if RECIPE not in ways:
+        subject.forget_precise()
     seconds = alternate(dict[str, Callable[[], object]](ways), rounds=args.rounds, device=subject.device, warm_up=0)
     useful = args.batch * (args.prompt + args.new)
     for name, times in seconds.items():

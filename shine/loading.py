@@ -63,7 +63,7 @@ def variant_name(path: str, backbone: Backbone) -> str | None:
 
 
 def _load_remedy(config: BackboneConfig, path: str) -> str:
-    if config.attention not in ("auto", "sdpa"):
+    if config.attention not in ("auto", "sdpa", attention.BLOCKS, attention.FUSED):
         return f"install what attention {config.attention!r} needs, or set backbone.attention=auto"
     if config.path in FETCHED:
         remedy = f"delete {path} and run `shine fetch {config.path}`"

@@ -139,3 +139,15 @@ def test_scores_of_another_hypernetwork_make_no_card(module: ModuleType, place: 
     with pytest.raises(ValueError, match=r"scored .*other.*, not .*model.hypernetwork; run score\.sh on that"):
         module.write_card(scores, place)
     assert not (place / "README.md").exists()
+
+
+def test_a_source_that_is_learned_several_times_is_named_once(module: ModuleType) -> None:
+    data = {
+        "race": {"options": {}, "limit": 6000},
+        "squad": {"options": {}, "limit": None},
+        "squad_2": {"options": {}, "limit": None},
+        "gaps_short": {"options": {}, "limit": None},
+        "worlds": {"options": {"count": 12}, "limit": None},
+        "worlds_2": {"options": {"count": 7}, "limit": None},
+    }
+    assert list(module._sources(data)) == ["race (6,000)", "squad 2 times", "gaps short", "worlds (12)", "worlds (7)"]

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import stage_config
 
-from shine.chat import token_counter
+from shine.chat import token_counter, token_ids
 from shine.config import BackboneConfig, SourceConfig
 from shine.data.build import samples_of
 from shine.data.examples import Turn
 from shine.data.gaps import BLANK, MOST_WORDS, gap_questions
+from shine.data.samples import PretrainSamples
 from shine.data.sources import read_source
 
 TEXT = (
@@ -152,3 +153,27 @@ def test_both_are_samples_of_the_question_stages(tmp_path: Path, stage: str) -> 
     )
     assert len(samples) == (2 if stage == "mqa" else 4)
     assert all(samples.sample(index, epoch=0).label_count for index in range(len(samples)))
+
+
+def test_a_recitation_is_the_reconstruction_of_pretraining(tmp_path: Path) -> None:
+    tokenizer, tasks = tiny_tokenizer(), BackboneConfig(path="x").task_tokens
+    path = texts_file(tmp_path, "Anwen lives in Arlow.")
+    options = {"context_length": 400, "conversation_length": 600}
+    recited = samples_of(
+        read_source(SourceConfig("recitations", path, options={"ask": tasks.reconstruct})),
+        tokenizer,
+        stage_config("mqa", **options),
+        task_tokens=tasks,
+        seed=0,
+    )
+    trained = PretrainSamples.build(
+        read_source(SourceConfig("text", path)),
+        tokenizer,
+        stage_config("pretrain", **options),
+        task_tokens=tasks,
+        seed=0,
+        tasks=("reconstruct",),
+    )
+    one, other = recited.sample(0, epoch=0), trained.sample(0, epoch=0)
+    assert (one.context_ids, one.input_ids, one.labels) == (other.context_ids, other.input_ids, other.labels)
+    assert token_ids(tokenizer, tasks.reconstruct)[0] in one.input_ids

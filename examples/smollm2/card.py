@@ -8,6 +8,7 @@ The folder is that of ``examples/smollm2/score.sh``; the curves are those of the
 from __future__ import annotations
 
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -246,7 +247,7 @@ def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
     yield "|---|---|---:|---:|---:|---|---:|---:|"
     for stage, run in runs:
         recipe, steps = read_recipe(run)["stage"], read_metrics(run, "loss")[0][-1]
-        sources = ", ".join(_size_of(name, source) for name, source in read_recipe(run)["data"].items())
+        sources = ", ".join(_sources(read_recipe(run)["data"]))
         ends = []
         for name in _validation_losses(run):
             values = read_metrics(run, name)[1]
@@ -260,7 +261,8 @@ def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
         "Losses in nats a label token; the gap is how much worse a label is foretold under another context's adapter, zero "
         "if adapters held nothing. The learning rate falls to zero within each stage, so a part of what a stage gains at its end "
         "is that. "
-        "Recipe: `configs/experiment/smollm2.yaml`; what was tried on the way, and what did not help: `docs/training_log.md`."
+        "Recipes: `training/` and `configs/experiment/smollm2_gpu.yaml`; what was tried, and what did not help: "
+        "`docs/training_log.md`."
     )
     stage, losses = reader["stage"], reader["losses"]
     yield ""
@@ -270,8 +272,8 @@ def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
         f"{_mean(losses[len(losses) // 2 : len(losses) // 2 + 10]):.2f} half way, {_mean(losses[-10:]):.2f} over the last ten."
     )
     yield from ["", "| learned from | for | licence |", "|---|---|---|"]
-    yield "| OpenStax textbooks, CIA World Factbook, BBC news | pretrain | CC BY 4.0, public domain, research only |"
-    yield "| RACE, training part | mqa, 1qa | non-commercial research only |"
+    yield "| OpenStax textbooks, CIA World Factbook, BBC news | pretrain, mqa, 1qa | CC BY 4.0, public domain, research only |"
+    yield "| RACE, training part | pretrain, mqa, 1qa | non-commercial research only |"
     yield "| SQuAD v1.1, 28 articles of its public development set | mqa, 1qa | CC BY-SA 4.0 |"
     yield "| invented worlds and stories (`shine/data/worlds.py`, `stories.py`) | mqa, 1qa | Apache-2.0 |"
     yield ""
@@ -299,6 +301,15 @@ def _limits(results: Results) -> Iterator[str]:
         first, last = (Estimate(**found["decay"]["on"][span]) for span in ("first_five", "last_five"))
         yield f"- {about}: over 15 turns its EM goes from {first:.0f} in the first five to {last:.0f} in the last five."
     yield "- English, texts of the lengths that it was trained on; longer ones are read in pieces (`docs/adapters.md`)."
+
+
+def _sources(data: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The sources of a run; equal ones that a number tells apart, ``squad_2``, once and how often."""
+    members: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for name, source in data.items():
+        members.setdefault((re.sub(r"_\d+$", "", name), json.dumps(source, sort_keys=True)), []).append(source)
+    for (name, _), found in members.items():
+        yield _size_of(name, found[0]) + (f" {len(found)} times" if len(found) > 1 else "")
 
 
 def _size_of(name: str, source: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@
 #   checkpoint  what they start from: smollm2-135m, the shipped one; nothing trains the three stages and the reader from nothing
 #   KEY=VALUE   for every stage, as for train.py: stage.steps=3000 backbone.device=cuda
 #
-# EXPERIMENT=smollm2_gpu sh examples/smollm2/train.sh … takes the recipe of what ships, for a GPU of 80 GB.
+# EXPERIMENT=smollm2_gpu sh examples/smollm2/train.sh … takes the larger recipe, for a GPU of 80 GB.
 #
 # Reads data/squad, data/race and, from nothing, data/transmla_pretrain_6B_tokens ($SHINE_DATA instead of data; with .venv active):
 #   sh scripts/download_data.sh squad race transmla

@@ -66,8 +66,9 @@ _KINDS = (
 
 
 def gap_questions(text: str, *, most: int, rng: random.Random) -> tuple[Turn, ...]:
-    """Up to ``most`` questions about ``text``, none twice; of one sentence more than one only where there are not enough sentences,
-    and names and figures rather than things.
+    """Up to ``most`` questions about ``text``, no two alike.
+
+    Sentences take turns: one gets a second question when each has had its first. Names and figures come before things, mostly.
 
     A turn's kind says what is asked for: ``date``, ``year``, ``share``, ``money``, ``number``, ``name`` or ``thing``.
     """
@@ -102,7 +103,8 @@ def _question(line: str, start: int, end: int, kind: _Kind, rng: random.Random) 
     if len("".join(clause).split()) >= FEWEST_WORDS:
         before, after = clause
     before, after = " ".join(before.split()[-MOST_WORDS:]), _first_words(after)
-    if len(f"{before} {after}".split()) < FEWEST_WORDS or line[start:end].lower() in f"{before} {after}".lower():
+    gives_away = re.compile(rf"(?<!\w){re.escape(line[start:end])}(?!\w)", re.IGNORECASE)
+    if len(f"{before} {after}".split()) < FEWEST_WORDS or gives_away.search(f"{before} {after}"):
         return None
     words = ("where", "which place") if kind.name == "name" and _PLACE.search(line[:start]) else kind.words
     blank = rng.random() < BLANKS

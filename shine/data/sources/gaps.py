@@ -1,4 +1,4 @@
-"""Any plain text as a source of questions about it, or of texts to give back: no question of anybody's is needed."""
+"""Any plain text as a source of questions about it, or of texts to give back: nobody has to ask."""
 
 from __future__ import annotations
 
@@ -56,23 +56,26 @@ def _passages(source: Source, *, column: str, length: int, of_each: int | None) 
 
 
 def _cut(text: str, source: Source, length: int) -> Iterator[str]:
-    held, total = list[str](), 0
+    held: list[tuple[str, int]] = []
     for sentence in sentences(text):
         count = source.tokens(sentence)
-        if held and total + count > length:
-            yield _within(held, source, length)
-            held, total = [], 0
+        while held and sum(tokens for _, tokens in held) + count > length:
+            passage, held = _filled(held, source, length)
+            yield passage
         if count <= length:
-            held.append(sentence)
-            total += count
-    if held:
-        yield _within(held, source, length)
+            held.append((sentence, count))
+    while held:
+        passage, held = _filled(held, source, length)
+        yield passage
 
 
-def _within(held: list[str], source: Source, length: int) -> str:
-    """Sentences as one text; the last goes where together they have more tokens than one by one."""
-    passage = "".join(held).strip()
-    return passage if source.tokens(passage) <= length or len(held) == 1 else _within(held[:-1], source, length)
+def _filled(held: list[tuple[str, int]], source: Source, length: int) -> tuple[str, list[tuple[str, int]]]:
+    """Sentences as one text, and those at their end that wait: together they can have more tokens than one by one."""
+    for end in range(len(held), 1, -1):
+        passage = "".join(sentence for sentence, _ in held[:end]).strip()
+        if source.tokens(passage) <= length:
+            return passage, held[end:]
+    return held[0][0].strip(), held[1:]
 
 
 def _at_least_one(**counts: int | None) -> None:
