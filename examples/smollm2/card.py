@@ -250,8 +250,9 @@ def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
         sources = ", ".join(_sources(read_recipe(run)["data"]))
         ends = []
         for name in _validation_losses(run):
-            values = read_metrics(run, name)[1]
-            ends.append(f"{values[(len(values) - 1) // 2]:.2f}, {values[-1]:.2f} ({name.split('/')[1]})")
+            at, values = read_metrics(run, name)
+            half_way = min(zip(at, values, strict=True), key=lambda point: (abs(point[0] - steps / 2), -point[0]))[1]
+            ends.append(f"{half_way:.2f}, {values[-1]:.2f} ({name.split('/')[1]})")
         gap, cosine = (read_metrics(run, f"validation/adapter_{name}")[1][-1] for name in ("gap", "cosine"))
         lengths = f"{recipe['context_length']} / {recipe['conversation_length']}"
         cells = [sources, f"{steps:,} x {recipe['batch_size']}", lengths, f"{recipe['learning_rate']:g}", "; ".join(ends)]
