@@ -23,7 +23,8 @@ PACKAGE = Path(shine.__file__).parent
 CANNOT_CHANGE_AN_ANSWER = {
     "config parsing": "the plan holds their values",
     "checkpoint fingerprint released files hub manifest": "the plan holds the weights that these read, and the backbone they found",
-    "data/sources data/examples data/splits data/tally data/stories data/worlds": "the plan holds the examples that these make",
+    "data/sources data/examples data/splits data/tally": "the plan holds the examples that these make",
+    "data/gaps data/stories data/worlds pieces": "likewise: what examples are invented of, or made of texts",
     "data/grouping data/table": "how samples to train on are laid out",
     "adapter_files provenance": "adapters on disk, which an evaluation neither reads nor writes",
     "evaluation": "only the name of the room",
