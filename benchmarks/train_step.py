@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 import torch
 from machine import alternate, first_runs, ratio_with_spread, show_limits, tf32
@@ -36,7 +37,7 @@ from shine.data.samples import Sample
 from shine.flops import fine_tuning_flops, training_flops
 from shine.training.distributed import Ranks
 from shine.training.guard import Guard
-from shine.training.optimizer import build_optimizer
+from shine.training.optimizer import Optimizers, build_optimizer
 from shine.training.step import training_step
 
 MQA_LENGTHS = Path(__file__).resolve().parent / "mqa_lengths.json"
@@ -52,6 +53,7 @@ MOST_APART_IN_FLOAT32, LEAST_COSINE = 1e-3, 0.999
 """What is left open where both steps compute in float32 (TF32 on a GPU): of the loss, and of the direction of its gradient. Random
 labels are hardly easier under the right LoRA than under none, so it is the gradient that tells whether both learn the same.
 """
+Anything = TypeVar("Anything", Optimizers, torch.optim.Optimizer, torch.optim.AdamW)
 ROWS_OF_LIMIT = 1024
 """Tokens at once at which the matrix rate is measured."""
 
@@ -230,7 +232,7 @@ def gradient(hypernetwork: nn.Module) -> Tensor:
     return torch.cat([value.flatten().cpu() for value in found if value is not None])
 
 
-def still(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def still(optimizer: Anything) -> Anything:
     """The optimizer at rate zero: it works and changes nothing, so that each round sees the same weights."""
     for group in optimizer.param_groups:
         group["lr"] = 0.0

@@ -13,7 +13,6 @@ What is worn is kept per thread, so two threads may use one backbone with differ
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -25,59 +24,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 
 from shine.lora import LinearShape, LoRA
+from shine.norms import fuse_norms
 from shine.prompt_cache import PromptCache
+from shine.wearing import LayerLoRA, Wearing
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that a Llama-like layer gives the same tensor; where one does not, they are computed apart."""
-
-
-class _Wearing(threading.local):
-    """What this thread wears: ``pass_lora`` from now on, ``layer`` inside a layer's call; ``tap`` collects states."""
-
-    pass_lora: LoRA | None = None
-    layer: _LayerLoRA | None = None
-    tap: list[Tensor] | None = None
-    tap_tokens: int = 0
-
-
-class _LayerLoRA:
-    """What one decoder layer wears during one call.
-
-    Linears with the same input (query, key and value; gate and up) have their ``A`` side by side in one product: one reading of
-    the input, and in the backward pass one gradient to add instead of three.
-    """
-
-    def __init__(self, lora: LoRA) -> None:
-        self._lora = lora
-        self._input: Tensor | None = None
-        self._projected: dict[str, Tensor] = {}
-
-    def add(self, path: str, group: tuple[str, ...], x: Tensor, output: Tensor) -> Tensor:
-        """``output + (x A) B`` for the linear at ``path``, in place where autograd allows it; ``group`` shares ``x``."""
-        b = self._lora[path][1].to(output.dtype)
-        projected = self._project(path, group, x)
-        if b.shape[0] == 1:
-            return output.view(-1, output.shape[-1]).addmm_(projected.flatten(0, -2), b.squeeze(0)).view_as(output)
-        rows = output.view(b.shape[0], -1, output.shape[-1])
-        return rows.baddbmm_(projected, b).view_as(output)
-
-    def _project(self, path: str, group: tuple[str, ...], x: Tensor) -> Tensor:
-        """``x A`` of the linear at ``path``: ``[tokens, r]`` under one adapter for all, else ``[adapters, tokens, r]``."""
-        if self._input is not x or path not in self._projected:
-            pairs = [self._lora[name][0].to(x.dtype) for name in group]
-            a = torch.cat(pairs, dim=2) if len(pairs) > 1 else pairs[0]
-            if a.shape[0] == 1:
-                together = x.flatten(0, -2) @ a.squeeze(0)
-            else:
-                if x.shape[0] % a.shape[0]:
-                    raise ValueError(
-                        f"a batch of {x.shape[0]} cannot wear {a.shape[0]} adapters: give one per sample, or a multiple of them"
-                    )
-                together = x.reshape(a.shape[0], -1, x.shape[-1]) @ a
-            self._input = x
-            self._projected = dict(zip(group, together.split([pair.shape[2] for pair in pairs], dim=-1), strict=True))
-        return self._projected[path]
 
 
 class Backbone:
@@ -100,12 +53,13 @@ class Backbone:
         model.generation_config = GenerationConfig()
         self.activation_checkpointing = activation_checkpointing
         self._targets = tuple(targets)
-        self._wearing = _Wearing()
+        self._wearing = Wearing()
         if not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
             raise ValueError(
                 f"{type(model).__name__} keeps its decoder layers elsewhere than in .layers: SHINE needs a Llama-like model"
             )
         self.layers = cast(nn.ModuleList, model.base_model.layers)
+        fuse_norms(model)
         self.linear_shapes = self._hook_linears(self._targets)
         self._check_logits()
         for layer in self.layers:
@@ -305,7 +259,7 @@ class Backbone:
 
         def run(hidden: Tensor) -> Tensor:
             before = self._wearing.layer
-            self._wearing.layer = None if lora is None else _LayerLoRA(lora)
+            self._wearing.layer = None if lora is None else LayerLoRA(lora)
             try:
                 return forward(hidden, *args, **kwargs)
             finally:

@@ -177,6 +177,7 @@ class StageConfig:
         micro_batch_size: sequences a forward pass of one rank.
         length_window: so many batches at a time are drawn, and shared out among themselves by length, so that little is padded;
             zero draws each batch by itself.
+        optimizer: ``adamw`` (published), or ``muon`` for the linears of the M2P transformer and AdamW for the rest.
         learning_rate: the peak, reached after ``warmup_steps`` and brought down to zero linearly.
         clip: largest global gradient norm.
         evaluate_every, save_every, log_every: in steps; zero means never (save: only at the end).
@@ -200,6 +201,7 @@ class StageConfig:
     micro_batch_size: Positive = 1
     length_window: Count = 0
     pad_to_multiple: Positive = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: NotNegative = 0.01
     clip: PositiveFloat = 1.0
     evaluate_every: Count = 0

@@ -11,6 +11,7 @@ from shine.backbone import Backbone
 from shine.config import HypernetworkConfig
 from shine.lora import LinearShape, LoRA, LoRALayout
 from shine.m2p import M2PTransformer
+from shine.wearing import as_type
 
 
 class _Pair(nn.Module):
@@ -27,7 +28,7 @@ class MetaLoRA(nn.Module):
 
     def __init__(self, layout: LoRALayout, *, std: float) -> None:
         super().__init__()
-        self.paths = [[shape.path for shape in layer] for layer in layout.layers]
+        self.paths = [shape.path for layer in layout.layers for shape in layer]
         self.layers = nn.ModuleList(
             nn.ModuleDict(
                 {shape.path.rsplit(".", 1)[-1]: _Pair(shape.in_features, shape.out_features, layout.rank, std) for shape in layer}
@@ -35,15 +36,10 @@ class MetaLoRA(nn.Module):
             for layer in layout.layers
         )
 
-    def forward(self) -> LoRA:
-        """The LoRA, batch one."""
-        weights = {}
-        for paths, layer in zip(self.paths, self.layers, strict=True):
-            assert isinstance(layer, nn.ModuleDict)
-            for path, pair in zip(paths, layer.values(), strict=True):
-                assert isinstance(pair, _Pair)
-                weights[path] = (pair.A, pair.B)
-        return LoRA(weights)
+    def forward(self, dtype: torch.dtype) -> LoRA:
+        """The LoRA, batch one, in the type in which it is worn."""
+        values = iter(as_type(list(self.parameters()), dtype))
+        return LoRA({path: (next(values), next(values)) for path in self.paths})
 
 
 class Hypernetwork(nn.Module):
@@ -83,23 +79,28 @@ class Hypernetwork(nn.Module):
         )
         self.to(torch.promote_types(torch.float32, backbone.dtype))
 
-    def forward(self, backbone: Backbone, context_ids: Tensor, context_mask: Tensor | None) -> LoRA:
+    def forward(
+        self, backbone: Backbone, context_ids: Tensor, context_mask: Tensor | None, *, dtype: torch.dtype | None = None
+    ) -> LoRA:
         """The LoRA of each context.
 
         Args:
             backbone: the one this hypernetwork was built for.
             context_ids: ``[B, T]``, left-padded.
             context_mask: ``[B, T]``, or ``None`` when nothing is padded.
+            dtype: of the LoRA; the parameters' where it is to be kept, the backbone's where it is only worn.
 
         Returns:
-            A LoRA of batch ``B`` in the parameters' dtype.
+            A LoRA of batch ``B``.
         """
         states = self.memory_states(backbone, context_ids, context_mask)
-        return self.layout.cut(self.flat_state(states))
+        return self.layout.cut(self.flat_state(states), dtype=dtype)
 
     def memory_states(self, backbone: Backbone, context_ids: Tensor, context_mask: Tensor | None) -> Tensor:
         """``[B, L, M, H]``, what the backbone holds at the memory tokens under the meta LoRA."""
-        return backbone.memory_states(context_ids, context_mask, memory_tokens=self.memory_tokens, meta_lora=self.meta_lora())
+        return backbone.memory_states(
+            context_ids, context_mask, memory_tokens=self.memory_tokens, meta_lora=self.meta_lora(backbone.dtype)
+        )
 
     def flat_state(self, memory_states: Tensor) -> Tensor:
         """Memory states ``[B, L, M, H]`` to the flat LoRA state of each layer, ``[B, L, M * H]``, in the parameters' dtype.

@@ -338,11 +338,15 @@ class LoRALayout:
         """How many memory tokens of ``hidden_size`` hold one layer's values: rounded up, the tail is dropped."""
         return math.ceil(self.values_per_layer / hidden_size)
 
-    def cut(self, state: Tensor) -> LoRA:
-        """Cut a flat state ``[B, L, N]``, ``N >= values_per_layer``, into a LoRA. Values beyond the last linear are dropped."""
+    def cut(self, state: Tensor, *, dtype: torch.dtype | None = None) -> LoRA:
+        """Cut a flat state ``[B, L, N]``, ``N >= values_per_layer``, into a LoRA. Values beyond the last linear are dropped.
+
+        Args:
+            dtype: of the LoRA, rounded to once all of it is scaled; the state's where none is given.
+        """
         assert state.shape[1] == len(self.layers)
         assert state.shape[2] >= self.values_per_layer
-        state = state * math.sqrt(self.scale)
+        state = (state * math.sqrt(self.scale)).to(dtype)
         weights: dict[str, tuple[Tensor, Tensor]] = {}
         # unbind and split, not indexing: their backward writes each gradient once instead of filling a whole state for each piece.
         for layer, row in zip(self.layers, state.unbind(1), strict=True):

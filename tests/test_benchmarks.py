@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import operators
 import pytest
 import torch
 from conftest import tiny_hypernetwork_config, tiny_model
@@ -209,3 +210,14 @@ def test_the_recipes_adapter_is_ours() -> None:
     for path, pair in ours.items():
         for expected, found in zip(pair, theirs[path], strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_both_passes_of_our_step_hand_over_fewer_operators_than_two_of_pefts() -> None:
+    """On a GPU their number is most of a small step. A view changed in place, or a conversion for each tensor, would show here."""
+    found = operators.operators(torch.device("cpu"))
+    plain, encode, train, fine_tune = (found[name] for name in ("plain forward", "encode", "training step", "PEFT's step"))
+    # Seven updates, four projections, two of them of matrices put together, and the copy of the memory states.
+    assert encode.kernels - plain.kernels == 7 + 4 + 2 + 1
+    assert encode.views - plain.views <= 32
+    assert train.kernels <= 1.8 * fine_tune.kernels
+    assert train.views <= 1.4 * fine_tune.views

@@ -81,8 +81,7 @@ class Method:
         lora = self.adapters()
         if lora is not None:
             # Once here instead of at each linear of each token.
-            dtype = self.speaker.backbone.dtype
-            lora = LoRA({path: (a.to(dtype), b.to(dtype)) for path, (a, b) in lora.items()})
+            lora = lora.to(dtype=self.speaker.backbone.dtype)
             self.encoded += len(self.examples)
             self.made += len(next(iter(lora.values()))[0])
         self.lora = lora

@@ -240,8 +240,7 @@ class _Run:
 
     def _train_step(self, model: nn.Module, monitor: Monitor) -> None:
         rate = learning_rate(self.step, stage=self.stage, total_steps=self.total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.optimizer.set_rate(rate)
         samples = next(self.stream)
         result = training_step(
             model,

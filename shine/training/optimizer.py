@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -15,12 +18,68 @@ def learning_rate(step: int, *, stage: StageConfig, total_steps: int) -> float:
     return stage.learning_rate * max(total_steps - step, 0) / max(total_steps - stage.warmup_steps, 1)
 
 
-def build_optimizer(hypernetwork: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
-    """AdamW over every trainable; norms and biases are not decayed."""
+class Optimizers:
+    """Several optimizers that share out the trainables and step together."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Of all of them."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def set_rate(self, rate: float) -> None:
+        """The learning rate of the steps to come."""
+        for group in self.param_groups:
+            group["lr"] = rate
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """One step of each."""
+        for part in self.parts:
+            part.step()
+
+
+def build_optimizer(trained: nn.Module, stage: StageConfig) -> Optimizers:
+    """AdamW over every trainable, or Muon over the matrices of linears and AdamW over the others; norms and biases are not decayed.
+
+    Muon's update is brought to the root mean square that AdamW's has, so both take one learning rate.
+
+    Raises:
+        ValueError: this torch has no Muon.
+    """
+    if stage.optimizer == "adamw":
+        return Optimizers(_adamw(_owned(trained), stage))
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"torch {torch.__version__} has no Muon: install torch 2.9 or newer, or set stage.optimizer=adamw")
+    owned = list(_owned(trained))
+    matrices = [parameter for module, name, parameter in owned if _is_matrix(module, name)]
+    others = _adamw(iter([each for each in owned if not _is_matrix(*each[:2])]), stage)
+    if not matrices:
+        return Optimizers(others)
+    muon = torch.optim.Muon(matrices, lr=stage.learning_rate, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return Optimizers(muon, others)
+
+
+def _owned(trained: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    for module in trained.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            yield module, name, parameter
+
+
+def _is_matrix(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and name == "weight"
+
+
+def _adamw(owned: Iterator[tuple[nn.Module, str, nn.Parameter]], stage: StageConfig) -> torch.optim.AdamW:
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for module in hypernetwork.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            (plain if isinstance(module, nn.LayerNorm) or name == "bias" else decayed).append(parameter)
+    for module, name, parameter in owned:
+        (plain if isinstance(module, nn.LayerNorm) or name == "bias" else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=stage.learning_rate, fused=True)

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from shine.backbone import Backbone
 from shine.hypernetwork import Hypernetwork
 from shine.training.distributed import Ranks
+from shine.training.optimizer import Optimizers
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -87,12 +88,12 @@ def whole_weights(hypernetwork: Hypernetwork) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], get_model_state_dict(hypernetwork, options=_WHOLE))
 
 
-def whole_optimizer(hypernetwork: Hypernetwork, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def whole_optimizer(hypernetwork: Hypernetwork, optimizer: Optimizers) -> dict[str, Any]:
     """The optimizer's state by parameter name, in full, on the CPU, whatever engine trains. All ranks take part."""
-    return dict(get_optimizer_state_dict(hypernetwork, optimizer, options=_WHOLE))
+    return dict(get_optimizer_state_dict(hypernetwork, optimizer.parts, options=_WHOLE))
 
 
-def restore_optimizer(hypernetwork: Hypernetwork, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def restore_optimizer(hypernetwork: Hypernetwork, optimizer: Optimizers, state: dict[str, Any]) -> None:
     """Put `whole_optimizer`'s result in place, as rank 0 has it; every rank keeps what it needs. All ranks take part.
 
     The moments are the saved run's, the weight decay this run's.
@@ -100,6 +101,6 @@ def restore_optimizer(hypernetwork: Hypernetwork, optimizer: torch.optim.Optimiz
     decays = [group["weight_decay"] for group in optimizer.param_groups]
     shared = dist.is_initialized()
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=shared)
-    set_optimizer_state_dict(hypernetwork, optimizer, state, options=options)
+    set_optimizer_state_dict(hypernetwork, optimizer.parts, state, options=options)
     for group, decay in zip(optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay

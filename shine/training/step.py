@@ -16,6 +16,7 @@ from shine.lora import LoRA
 from shine.training.distillation import Targets, Teacher
 from shine.training.distributed import Ranks
 from shine.training.guard import Guard
+from shine.training.optimizer import Optimizers
 from shine.training.parallel import accumulating, whole
 
 
@@ -44,7 +45,8 @@ def label_losses(
     Args:
         targets: what a teacher expects at the labels, of which the loss takes its share.
     """
-    return losses_under(hypernetwork(backbone, batch.context_ids, batch.context_mask), backbone, batch, targets)
+    lora = hypernetwork(backbone, batch.context_ids, batch.context_mask, dtype=backbone.dtype)
+    return losses_under(lora, backbone, batch, targets)
 
 
 def losses_under(lora: LoRA, backbone: Backbone, batch: Batch, targets: Targets | None = None) -> tuple[Tensor, Tensor]:
@@ -61,7 +63,7 @@ def training_step(
     backbone: Backbone,
     samples: Sequence[Sample],
     *,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     micro_batch_size: int,
     clip: float,
     pad_id: int,
@@ -88,7 +90,7 @@ def training_step(
         samples = sorted(samples, key=lambda sample: len(sample.context_ids))
     micro_batches = chunks(samples, micro_batch_size)[ranks.rank :: ranks.size]
     loss_sum = torch.zeros((), dtype=torch.promote_types(torch.float32, backbone.dtype), device=backbone.device)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     for index, micro_batch in enumerate(micro_batches):
         batch = collate(micro_batch, pad_id=pad_id, multiple=pad_to_multiple).to(backbone.device)
         last = index + 1 == len(micro_batches)

@@ -55,8 +55,7 @@ def train_reader(config: TrainConfig, *, rank: int, alpha: float, say: Callable[
     optimizer, guard, losses = build_optimizer(reader, stage), Guard(stage), list[float]()
     for step in range(total):
         rate = learning_rate(step, stage=stage, total_steps=total)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.set_rate(rate)
         result = training_step(
             reader,
             backbone,
