@@ -44,7 +44,7 @@ lint: $(READY) ## check style, format and types
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
-bench: $(READY) ## time ours against the published recipe, plain LoRA and a plain forward pass on SmolLM2-135M (about 20 minutes)
+bench: $(READY) ## time ours against the published recipe, plain LoRA and a plain forward pass on SmolLM2-135M (at most 15 minutes)
 	@for part in train_step encode generate evaluate; do $(RUN) benchmarks/$$part.py || exit 1; echo; done
 
 reproduce: $(READY) ## rebuild the CPU world from nothing (at most two hours on two cores)

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument(
         "--lengths", nargs="+", type=int, default=[256, 1024, 4096], help="tokens of the context (default: %(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--without-recipe", action="store_true", help="leave the published way out")
     args = parser.parse_args()

@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="for a Qwen3 shape, which has none (default: SmolLM2's)")
     parser.add_argument("--contexts", type=int, default=4, help="side by side (default: %(default)s)")
-    parser.add_argument("--questions", type=int, default=3, help="at most, of each context (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=2, help="at most, of each context (default: %(default)s)")
     parser.add_argument("--new", type=int, default=16, help="tokens of an answer, at most (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="timed ones (default: %(default)s)")
     parser.add_argument("--device", default="auto")

@@ -11,7 +11,7 @@ questions and of the answers.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -92,18 +92,21 @@ def answering(subject: Subject, lora: LoRA, *, prompt: int, new: int, recipe: bo
     rows = [slice(number, number + 1) for number in range(lora.batch)]
     alone = [lora.select([number]) for number in range(lora.batch)]
     merged = subject.backbone.merged(alone[0])
+    # Once, as an evaluation and a conversation do it, not at each token.
+    worn = lora.to(dtype=subject.backbone.dtype)
+    worn_alone = [worn.select([number]) for number in range(lora.batch)]
 
-    def one_by_one(backbone: Backbone) -> Tensor:
-        return torch.cat([generate(backbone, row, adapter) for row, adapter in zip(rows, alone, strict=True)])
+    def one_by_one(backbone: Backbone, adapters: Sequence[LoRA]) -> Tensor:
+        return torch.cat([generate(backbone, row, adapter) for row, adapter in zip(rows, adapters, strict=True)])
 
     def as_published() -> Tensor:
         with tf32():
-            return one_by_one(subject.precise)
+            return one_by_one(subject.precise, alone)
 
     ways: dict[str, Callable[[], Tensor]] = {
-        "one by one": lambda: one_by_one(subject.backbone),
+        "one by one": lambda: one_by_one(subject.backbone, worn_alone),
         "one by one, one adapter merged": lambda: torch.cat([generate(merged, row, None) for row in rows]),
-        "side by side": lambda: generate(subject.backbone, slice(None), lora),
+        "side by side": lambda: generate(subject.backbone, slice(None), worn),
         "side by side, one adapter merged": lambda: generate(merged, slice(None), None),
         "side by side, no adapter": lambda: generate(subject.backbone, slice(None), None),
     }

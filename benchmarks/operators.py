@@ -29,7 +29,7 @@ from shine.config import HypernetworkConfig
 from shine.data.batching import collate
 from shine.hypernetwork import Hypernetwork
 from shine.loading import find_device
-from shine.training.step import label_losses
+from shine.training.losses import label_losses
 
 VIEWS = {"alias", "as_strided", "detach", "empty", "empty_like", "expand", "lift_fresh", "permute", "select", "slice", "split"}
 VIEWS |= {"split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view"}

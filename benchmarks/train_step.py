@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=["pretrain", "mqa"])
     parser.add_argument(
-        "--batch", type=int, default=4, help="mqa samples in a batch; the other rows take one (default: %(default)s)"
+        "--batch", type=int, default=2, help="mqa samples in a batch; the other rows take one (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="auto")

@@ -137,10 +137,15 @@ class Backbone:
         """Vocabulary logits ``[..., V]`` of hidden states ``[..., H]``."""
         return self.model.get_output_embeddings()(hidden)
 
-    def label_logits(
+    def wide_logits(self, hidden: Tensor) -> Tensor:
+        """`logits` in float32 at least."""
+        logits = self.logits(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def label_hidden(
         self, input_ids: Tensor, attention_mask: Tensor | None, *, label_positions: Tensor, lora: LoRA | None
     ) -> Tensor:
-        """Logits ``[N, V]``, float32 at least, that predict the ``N`` labels; nothing is computed where there is no label.
+        """Hidden states ``[N, H]`` that predict the ``N`` labels.
 
         Args:
             input_ids: ``[B, T]``, left-padded.
@@ -149,9 +154,13 @@ class Backbone:
                 predicted from the position before it.
             lora: worn for this pass.
         """
-        hidden = self.hidden(input_ids, attention_mask, lora=lora)
-        logits = self.logits(hidden.flatten(0, 1).index_select(0, label_positions - 1))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self.hidden(input_ids, attention_mask, lora=lora).flatten(0, 1).index_select(0, label_positions - 1)
+
+    def label_logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None, *, label_positions: Tensor, lora: LoRA | None
+    ) -> Tensor:
+        """Logits ``[N, V]``, float32 at least, of `label_hidden`; nothing is computed where there is no label."""
+        return self.wide_logits(self.label_hidden(input_ids, attention_mask, label_positions=label_positions, lora=lora))
 
     @torch.no_grad()
     def generate(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import lengths
 import operators
 import pytest
 import torch
@@ -15,17 +19,19 @@ from conftest import tiny_hypernetwork_config, tiny_model
 from generate import compare, conversation
 from recipe import RecipeShine, recipe_lora, recipe_loss
 from subject import load, tokens
+from train_step import MQA_LENGTHS
 
 from shine.backbone import Backbone
-from shine.config import BackboneConfig
+from shine.chat import IGNORE
+from shine.config import BackboneConfig, SourceConfig
 from shine.data.batching import collate
-from shine.data.examples import Example
+from shine.data.examples import Example, Turn
 from shine.data.samples import Sample
 from shine.evaluation.methods import Method
 from shine.hypernetwork import Hypernetwork
 from shine.loading import load_backbone
 from shine.lora import LoRA
-from shine.training.step import label_losses
+from shine.training.losses import label_losses
 from shine.zoo import ASSETS
 
 RECIPE_ADAPTERS = RecipeShine.adapters
@@ -221,3 +227,37 @@ def test_both_passes_of_our_step_hand_over_fewer_operators_than_two_of_pefts() -
     assert encode.views - plain.views <= 32
     assert train.kernels <= 1.8 * fine_tune.kernels
     assert train.views <= 1.4 * fine_tune.views
+
+
+def test_the_lengths_that_are_measured_are_as_they_were_drawn(tmp_path: Path) -> None:
+    """From short to long, in the budget, each with labels, and the file is as the script writes it."""
+    rows = [tuple(row) for row in json.loads(MQA_LENGTHS.read_text())]
+    assert len(rows) == lengths.DRAWN
+    assert all(0 < labels < conversation <= 1150 and 0 < context <= 1150 for context, conversation, labels in rows)
+    samples = [Sample(id="", context_ids=[1] * c, input_ids=[1] * q, labels=[IGNORE] * (q - n) + [1] * n) for c, q, n in rows]
+    assert lengths.lengths(samples[::-1]) == rows
+    lengths.write(tmp_path / "again.json", rows)
+    assert (tmp_path / "again.json").read_text() == MQA_LENGTHS.read_text()
+
+
+def test_lengths_are_drawn_from_the_passages_of_both_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On copies of a few passages, with the tokenizer of the CPU world."""
+    example = Example(id="a", context="The mill is old. " * 9, turns=(Turn("How old is the mill?", ("old",)),))
+    read: list[str] = []
+
+    def read_source(source: SourceConfig) -> list[Example]:
+        read.append(source.kind)
+        return [replace(example, id=str(number), context=example.context * (number % 3 + 1)) for number in range(lengths.DRAWN)]
+
+    monkeypatch.setattr(lengths, "read_source", read_source)
+    monkeypatch.setattr(lengths, "resolve", lambda _path: ASSETS / "cpu-world" / "backbone")
+    monkeypatch.setattr(lengths, "MQA_LENGTHS", tmp_path / "drawn.json")
+    monkeypatch.setattr(sys, "argv", ["lengths.py"])
+    lengths.main()
+    assert read == ["race", "squad"]
+    rows = json.loads((tmp_path / "drawn.json").read_text())
+    assert len(rows) == lengths.DRAWN
+    assert len({context for context, _, _ in rows}) == 3
+    assert "wrote" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from shine.data.batching import collate
 from shine.data.samples import Sample
 from shine.flops import answering_flops, encoding_flops, fine_tuning_flops, forward_flops, training_flops
 from shine.hypernetwork import Hypernetwork
-from shine.training.step import label_losses
+from shine.training.losses import label_losses
 
 READ, ANSWERED, LABELS = 40, 30, 20
 

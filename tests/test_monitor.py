@@ -25,8 +25,8 @@ from shine.data.sources import read_source
 from shine.hypernetwork import Hypernetwork
 from shine.training import loop, monitor, needs
 from shine.training.loop import train
+from shine.training.losses import label_losses
 from shine.training.monitor import METRICS_FILE, SAMPLES_FILE, Monitor
-from shine.training.step import label_losses
 from shine.training.validation import Validation
 
 

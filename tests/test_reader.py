@@ -27,8 +27,8 @@ from shine.hypernetwork import Hypernetwork
 from shine.lora import LoRA
 from shine.training.distillation import Targets, Teacher, with_rest
 from shine.training.loop import train
+from shine.training.losses import label_losses
 from shine.training.reader import in_prompt, read_reader, starting_lora
-from shine.training.step import label_losses
 from shine.training.tuning import train_reader
 
 

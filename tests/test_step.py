@@ -22,9 +22,10 @@ from shine.hypernetwork import Hypernetwork
 from shine.training import step
 from shine.training.distributed import Ranks
 from shine.training.guard import NOT_FINITE, Guard
+from shine.training.losses import label_losses
 from shine.training.optimizer import Optimizers, build_optimizer, learning_rate
 from shine.training.parallel import accumulating
-from shine.training.step import label_losses, training_step
+from shine.training.step import training_step
 
 
 def gradients_of(

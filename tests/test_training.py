@@ -31,10 +31,10 @@ from shine.loading import load_backbone
 from shine.parsing import parse
 from shine.released import read_released
 from shine.training.loop import train
+from shine.training.losses import label_losses, losses_under
 from shine.training.monitor import METRICS_FILE
 from shine.training.start import MEASURED_CONTEXTS
 from shine.training.state import step_directories
-from shine.training.step import label_losses, losses_under
 
 
 @pytest.fixture(scope="module")

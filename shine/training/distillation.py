@@ -39,6 +39,10 @@ class Targets:
     logs: Tensor
     share: float
 
+    def __getitem__(self, labels: slice) -> Targets:
+        """Of some of the labels."""
+        return Targets(self.ids[labels], self.logs[labels], self.share)
+
     def mixed_into(self, losses: Tensor, logits: Tensor) -> Tensor:
         """The labels' losses ``[N]`` with this share of divergence in them, for the model's logits ``[N, V]``."""
         return (1 - self.share) * losses + self.share * self.divergence(logits)

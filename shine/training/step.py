@@ -1,4 +1,4 @@
-"""One optimizer step, and the loss it is made of."""
+"""One optimizer step."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from shine.backbone import Backbone
-from shine.data.batching import Batch, chunks, collate
+from shine.data.batching import chunks, collate
 from shine.data.samples import Sample
-from shine.lora import LoRA
-from shine.training.distillation import Targets, Teacher
+from shine.training.distillation import Teacher
 from shine.training.distributed import Ranks
 from shine.training.guard import Guard
+from shine.training.losses import label_losses
 from shine.training.optimizer import Optimizers
 from shine.training.parallel import accumulating, whole
 
@@ -35,27 +34,6 @@ class StepResult:
     gradient_norm: float
     tokens: int
     skipped: str | None
-
-
-def label_losses(
-    hypernetwork: nn.Module, backbone: Backbone, batch: Batch, targets: Targets | None = None
-) -> tuple[Tensor, Tensor]:
-    """Loss of each label ``[N]``, float32, and whether the greedy choice was right ``[N]``, the contexts seen as LoRA only.
-
-    Args:
-        targets: what a teacher expects at the labels, of which the loss takes its share.
-    """
-    lora = hypernetwork(backbone, batch.context_ids, batch.context_mask, dtype=backbone.dtype)
-    return losses_under(lora, backbone, batch, targets)
-
-
-def losses_under(lora: LoRA, backbone: Backbone, batch: Batch, targets: Targets | None = None) -> tuple[Tensor, Tensor]:
-    """`label_losses` where the adapters are there already."""
-    logits = backbone.label_logits(batch.input_ids, batch.input_mask, label_positions=batch.label_positions, lora=lora)
-    losses = F.cross_entropy(logits, batch.label_ids, reduction="none")
-    if targets is not None:
-        losses = targets.mixed_into(losses, logits)
-    return losses, logits.detach().argmax(-1) == batch.label_ids
 
 
 def training_step(

@@ -19,7 +19,7 @@ from shine.data.sources import read_named
 from shine.hypernetwork import Hypernetwork
 from shine.lora import LoRA
 from shine.metrics import perplexity
-from shine.training.step import label_losses, losses_under
+from shine.training.losses import label_losses, losses_under
 
 
 class Validation:
