@@ -44,9 +44,10 @@ class Reader(nn.Module):
         self.A = nn.ParameterList(a for a, _ in lora.values())
         self.B = nn.ParameterList(b for _, b in lora.values())
 
-    def forward(self, *_context: object) -> LoRA:
+    def forward(self, *_context: object, dtype: torch.dtype | None = None) -> LoRA:
         """The LoRA, of batch one."""
-        return LoRA({path: (a, b) for path, a, b in zip(self.paths, self.A, self.B, strict=True)}).scale(self.scale)
+        lora = LoRA({path: (a, b) for path, a, b in zip(self.paths, self.A, self.B, strict=True)})
+        return lora.scale(self.scale).to(dtype=dtype)
 
 
 def in_prompt(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Sample:
