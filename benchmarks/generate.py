@@ -11,6 +11,7 @@ questions and of the answers.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
@@ -50,7 +51,7 @@ def main() -> None:
     with torch.inference_mode():
         lora = subject.hypernetwork(subject.backbone, tokens(args.batch, args.context, subject.backbone), None)
     ways = answering(subject, lora, prompt=args.prompt, new=args.new, recipe=not args.without_recipe)
-    peaks, said = first_runs(ways, subject.device)
+    peaks, said = first_runs(ways, subject.device, needed="side by side")
     if RECIPE not in ways:
         subject.forget_precise()
     seconds = alternate(dict[str, Callable[[], object]](ways), rounds=args.rounds, device=subject.device, warm_up=0)
@@ -91,7 +92,8 @@ def answering(subject: Subject, lora: LoRA, *, prompt: int, new: int, recipe: bo
 
     rows = [slice(number, number + 1) for number in range(lora.batch)]
     alone = [lora.select([number]) for number in range(lora.batch)]
-    merged = subject.backbone.merged(alone[0])
+    # Made by the first who asks, so that the ways before do not hold it.
+    merged = functools.cache(lambda: subject.backbone.merged(alone[0]))
     # Once, as an evaluation and a conversation do it, not at each token.
     worn = lora.to(dtype=subject.backbone.dtype)
     worn_alone = [worn.select([number]) for number in range(lora.batch)]
@@ -105,10 +107,10 @@ def answering(subject: Subject, lora: LoRA, *, prompt: int, new: int, recipe: bo
 
     ways: dict[str, Callable[[], Tensor]] = {
         "one by one": lambda: one_by_one(subject.backbone, worn_alone),
-        "one by one, one adapter merged": lambda: torch.cat([generate(merged, row, None) for row in rows]),
         "side by side": lambda: generate(subject.backbone, slice(None), worn),
-        "side by side, one adapter merged": lambda: generate(merged, slice(None), None),
         "side by side, no adapter": lambda: generate(subject.backbone, slice(None), None),
+        "one by one, one adapter merged": lambda: torch.cat([generate(merged(), row, None) for row in rows]),
+        "side by side, one adapter merged": lambda: generate(merged(), slice(None), None),
     }
     if recipe:
         ways[RECIPE] = as_published

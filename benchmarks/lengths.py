@@ -28,6 +28,7 @@ from shine.zoo import resolve
 DRAWN = 64
 SETTINGS = (
     "experiment=smollm2",
+    "data=passages/mqa",
     "stage=mqa",
     "stage.context_length=1150",
     "stage.conversation_length=1150",

@@ -34,6 +34,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from shine.backbone import Backbone
 from shine.config import EvaluationConfig
@@ -145,6 +146,16 @@ def peak_memory(run: Callable[[], object], device: torch.device | str) -> int:
     return seen[0]
 
 
+def show_profile(run: Callable[[], object], device: torch.device) -> None:
+    """The operators that take most of one run, after one that warms up."""
+    run()
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
+        run()
+    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))
+
+
 def release(device: torch.device | str) -> None:
     """Give back what nobody holds any more; a backbone and its hooks hold each other."""
     gc.collect()
@@ -153,11 +164,12 @@ def release(device: torch.device | str) -> None:
 
 
 def first_runs(
-    runs: dict[str, Callable[[], T]], device: torch.device | str, *, warm_up: int = 0
+    runs: dict[str, Callable[[], T]], device: torch.device | str, *, needed: str, warm_up: int = 0
 ) -> tuple[dict[str, int], dict[str, T]]:
     """Each run once, as its warm-up: its peak memory, and what it returned. What does not fit is said and left out of ``runs``.
 
     Args:
+        needed: without this one the program ends.
         warm_up: runs of each before, where it is the first that makes what all later ones hold.
     """
     peaks: dict[str, int] = {}
@@ -174,6 +186,8 @@ def first_runs(
         except torch.OutOfMemoryError:
             print(f"  {name}: out of memory")
             del runs[name]
+            if name == needed:
+                raise SystemExit(f"{name} does not fit: take a smaller --batch") from None
         if name not in runs:
             # Not sooner: until here the error holds what was computed.
             release(device)

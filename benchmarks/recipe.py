@@ -104,7 +104,7 @@ def recipe_flops(backbone: Backbone, hypernetwork: Hypernetwork, *, context_leng
     """Arithmetic of the recipe's step on one sample: padding and unread logits included."""
     lengths = {"read": context_length, "answered": conversation_length, "labels": conversation_length}
     unread = 2 * (context_length + hypernetwork.memory_tokens.shape[0]) * backbone.vocabulary_size * backbone.hidden_size
-    return training_flops(backbone, hypernetwork, **lengths) + unread
+    return training_flops(backbone, hypernetwork, **lengths, recomputed=False) + unread
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py                                    # SmolLM2-135M, on two cores
     python benchmarks/train_step.py --model qwen3-8b --batch 1          # random weights of that shape, on a GPU
-    python benchmarks/train_step.py --profile                           # where our step spends its time
+    python benchmarks/train_step.py --profile shine                     # where our step spends its time, or recipe, or peft
 
 Useful tokens are those of contexts and conversations; padding and memory tokens are not counted. A share of the matrix rate is the
 arithmetic of `shine.flops` over the time, over the rate at which this machine multiplies matrices of the model's shapes. Where the
@@ -19,16 +19,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
-from machine import alternate, first_runs, ratio_with_spread, show_limits, tf32
+from machine import alternate, first_runs, ratio_with_spread, show_limits, show_profile, tf32
 from peft import LoraConfig, get_peft_model
 from recipe import recipe_flops, recipe_step
 from subject import MODELS, Subject, examples, load
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from shine.chat import IGNORE
 from shine.config import StageConfig
@@ -37,7 +36,7 @@ from shine.data.samples import Sample
 from shine.flops import fine_tuning_flops, training_flops
 from shine.training.distributed import Ranks
 from shine.training.guard import Guard
-from shine.training.optimizer import Optimizers, build_optimizer
+from shine.training.optimizer import build_optimizer
 from shine.training.step import training_step
 
 MQA_LENGTHS = Path(__file__).resolve().parent / "mqa_lengths.json"
@@ -53,7 +52,8 @@ MOST_APART_IN_FLOAT32, LEAST_COSINE = 1e-3, 0.999
 """What is left open where both steps compute in float32 (TF32 on a GPU): of the loss, and of the direction of its gradient. Random
 labels are hardly easier under the right LoRA than under none, so it is the gradient that tells whether both learn the same.
 """
-Anything = TypeVar("Anything", Optimizers, torch.optim.Optimizer, torch.optim.AdamW)
+UNCLIPPED = 1e9
+"""The norm is computed as ever, and whole gradients can be compared."""
 ROWS_OF_LIMIT = 1024
 """Tokens at once at which the matrix rate is measured."""
 
@@ -63,21 +63,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=["pretrain", "mqa"])
-    parser.add_argument(
-        "--batch", type=int, default=2, help="mqa samples in a batch; the other rows take one (default: %(default)s)"
-    )
+    parser.add_argument("--batch", type=int, help="samples in a batch (default: two of mqa, one of the others)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in our backward pass")
     parser.add_argument("--without", nargs="+", choices=("recipe", "peft"), default=[], help="leave a comparison out")
-    parser.add_argument("--profile", action="store_true", help="print where our step spends its time, and nothing else")
+    parser.add_argument("--profile", choices=WAYS, help="print where a step of this way spends its time, and nothing else")
     args = parser.parse_args()
     # PEFT calls what transformers deprecates.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     subject = load(args.model, device=args.device, activation_checkpointing=args.checkpointing)
     if args.profile:
         for row in args.rows:
-            show_profile(subject, lengths_of(row, args.batch))
+            samples = examples(lengths_of(row, args.batch), vocabulary_size=subject.backbone.vocabulary_size)
+            show_profile(WAYS[args.profile](subject, samples, row), subject.device)
         return
     rates = show_limits(subject.backbone, rows=(ROWS_OF_LIMIT,))
     for row in args.rows:
@@ -85,7 +84,13 @@ def main() -> None:
 
 
 def measure(
-    subject: Subject, row: str, *, batch: int, rounds: int, rates: Mapping[tuple[int, torch.dtype], float], without: Sequence[str]
+    subject: Subject,
+    row: str,
+    *,
+    batch: int | None,
+    rounds: int,
+    rates: Mapping[tuple[int, torch.dtype], float],
+    without: Sequence[str],
 ) -> None:
     """One row: seconds of each way in turns, and what they mean."""
     rate, precise_rate = (rates[ROWS_OF_LIMIT, dtype] for dtype in (torch.bfloat16, torch.float32))
@@ -93,19 +98,19 @@ def measure(
     lengths = lengths_of(row, batch)
     samples = examples(lengths, vocabulary_size=subject.backbone.vocabulary_size)
     useful = sum(sample.tokens for sample in samples)
-    runs: dict[str, Callable[[], object]] = {"shine": (ours := Ours(subject, samples))}
-    if "peft" not in without:
-        runs["peft"] = FineTuning(subject, samples)
-    if "recipe" not in without:
-        # The last: it makes the weights in float32, which the peaks of the others must not count.
-        subject.forget_precise()
-        runs["recipe"] = (theirs := Theirs(subject, samples, context, conversation))
+    # From what holds little to what holds much (the recipe makes the weights in float32): a peak has in it what those before hold.
+    subject.forget_precise()
+    ways = {name: make(subject, samples, row) for name, make in WAYS.items() if name not in without}
+    runs: dict[str, Callable[[], object]] = dict(ways)
     # The first step makes the optimizer's moments, after its own peak; on a GPU another one costs nothing.
-    peaks, _ = first_runs(runs, subject.device, warm_up=int(subject.device.type == "cuda"))
+    peaks, _ = first_runs(runs, subject.device, warm_up=int(subject.device.type == "cuda"), needed="shine")
     learned = gradient(subject.hypernetwork) if "recipe" in runs else None
     seconds = alternate(runs, rounds=rounds, device=subject.device, warm_up=0)
-    flops = sum(training_flops(subject.backbone, subject.hypernetwork, read=c, answered=q, labels=n) for c, q, n in lengths)
-    print(f"\n{title}: {len(samples)} sample(s), {useful:,} useful tokens, {flops / 1e12:.2f} TFLOP")
+    flops = sum(useful_flops(subject, *each) for each in lengths)
+    print(
+        f"\n{title}: {len(samples)} sample(s), {useful:,} useful tokens, {padding(samples):.1%} padding, {flops / 1e12:.2f} TFLOP "
+        "(4N a token for frozen linears, 6N for trained ones, attention below the diagonal)"
+    )
     for name in runs:
         spent = median(seconds[name])
         print(f"  {name:8} {spent:8.3f} s  {useful / spent:9,.0f} useful tokens/s  peak {peaks[name] / 2**30:6.2f} GiB", flush=True)
@@ -114,56 +119,96 @@ def measure(
         padded = len(samples) * recipe_flops(
             subject.backbone, subject.hypernetwork, context_length=context, conversation_length=conversation
         )
-        bound = padded / flops * rate / precise_rate
+        print(f"  the recipe's share of the float32 matrix rate: {padded / median(seconds['recipe']) / precise_rate:.0%}")
         print(f"  against the recipe: {ratio_with_spread(seconds['recipe'], seconds['shine'])} times as fast")
         print(
-            f"  with every product of both at the matrix rate: {bound:.2f} "
+            f"  with every product of both at the matrix rate: {padded / flops * rate / precise_rate:.2f} "
             f"(arithmetic {padded / flops:.2f}, rates {rate / precise_rate:.2f})"
         )
         # The recipe's was the last of the first runs, so it left the gradient.
-        compare(subject, samples, ours=ours.loss, theirs=theirs.loss, learned=learned)
+        compare(subject, samples, ways, learned=learned)
     if "peft" in runs:
-        plain = sum(
-            fine_tuning_flops(subject.backbone, tokens=c + q, predicted=c + q, rank=subject.hypernetwork.layout.rank)
-            for c, q, _ in lengths
-        )
-        ratio = ratio_with_spread(seconds["peft"], seconds["shine"])
-        print(f"  against a LoRA fine-tuning step over the same tokens: {ratio} times as fast")
-        print(f"  arithmetic alone allows {plain / flops:.2f}, {ratio.median / (plain / flops):.2f} of it is reached")
+        against_peft(subject, lengths, seconds, flops=flops)
 
 
-def compare(subject: Subject, samples: Sequence[Sample], *, ours: float, theirs: float, learned: Tensor) -> None:
-    """Say how far both steps differ, ours in bfloat16 as it is timed and once in float32; more than rounding ends the program.
+def against_peft(
+    subject: Subject, lengths: Sequence[tuple[int, int, int]], seconds: Mapping[str, Sequence[float]], *, flops: float
+) -> None:
+    """Say how we stand to an ordinary LoRA step, and how much of what arithmetic allows that is."""
+    rank = subject.hypernetwork.layout.rank
+    plain = sum(fine_tuning_flops(subject.backbone, tokens=c + q, predicted=c + q, rank=rank) for c, q, _ in lengths)
+    ratio = ratio_with_spread(seconds["peft"], seconds["shine"])
+    print(f"  against a LoRA fine-tuning step over the same tokens: {ratio} times as fast")
+    print(f"  arithmetic alone allows {plain / flops:.2f}, {ratio.median / (plain / flops):.2f} of it is reached")
+
+
+def useful_flops(subject: Subject, read: int, answered: int, labels: int) -> float:
+    """Of our step on one sample; what checkpointing computes again is of no use."""
+    return training_flops(subject.backbone, subject.hypernetwork, read=read, answered=answered, labels=labels, recomputed=False)
+
+
+def padding(samples: Sequence[Sample]) -> float:
+    """Share of the tokens that our passes see."""
+    seen = sum(len(samples) * max(len(getattr(s, name)) for s in samples) for name in ("context_ids", "input_ids"))
+    return 1 - sum(sample.tokens for sample in samples) / seen
+
+
+def compare(subject: Subject, samples: Sequence[Sample], ways: Mapping[str, Way], *, learned: Tensor) -> None:
+    """Say how far our step and the recipe's differ: ours in bfloat16, as it is timed, by its loss, and once in float32 by loss and
+    gradient; more than rounding ends the program.
 
     Args:
-        ours, theirs: losses, in bfloat16 and in float32.
         learned: the recipe's gradient.
     """
+    ours, theirs = (ways[name].loss for name in ("shine", "recipe"))
     exact = Ours(replace(subject, backbone=subject.precise), samples)
     with tf32():
         exact()
-    cosine = float(F.cosine_similarity(gradient(subject.hypernetwork).double(), learned.double(), dim=0))
+    found, learned = gradient(subject.hypernetwork).double(), learned.double()
+    cosine, longer = float(F.cosine_similarity(found, learned, dim=0)), float(found.norm() / learned.norm())
     rounded, difference = (abs(loss - theirs) / theirs for loss in (ours, exact.loss))
-    exactly = f"ours in float32 {difference:.4%}, cosine of gradients {cosine:.5f}"
+    exactly = f"ours in float32 {difference:.4%}, gradients: cosine {cosine:.5f}, lengths {abs(longer - 1):.3%} apart"
     print(f"  losses {ours:.4f} and {theirs:.4f}, {rounded:.2%} apart; {exactly}")
-    if rounded > MOST_APART or difference > MOST_APART_IN_FLOAT32 or cosine < LEAST_COSINE:
+    different = difference > MOST_APART_IN_FLOAT32 or cosine < LEAST_COSINE or abs(longer - 1) > MOST_APART
+    if rounded > MOST_APART or different:
         raise SystemExit("the two steps do not compute the same: that is more than rounding explains")
 
 
-def lengths_of(row: str, batch: int) -> list[tuple[int, int, int]]:
+def lengths_of(row: str, batch: int | None) -> list[tuple[int, int, int]]:
     """Context, conversation and label tokens of each sample."""
     if row != "mqa":
-        return [ROWS[row][1]]
+        return [ROWS[row][1]] * (batch or 1)
     known = [(context, conversation, labels) for context, conversation, labels in json.loads(MQA_LENGTHS.read_text())]
     mean = sum(context + conversation for context, conversation, _ in known) / len(known)
-    # Neighbours in length, as `length_window` makes batches, around the mean.
-    return sorted(known, key=lambda lengths: abs(lengths[0] + lengths[1] - mean))[:batch]
+    batch = batch or 2
+    # As training makes micro-batches: neighbours in length by `length_window`, of which those of like contexts are put together.
+    near = sorted(sorted(known, key=lambda lengths: abs(lengths[0] + lengths[1] - mean))[: 8 * batch])
+    starts = range(len(near) - batch + 1)
+    return min((near[start : start + batch] for start in starts), key=lambda some: (some[-1][0] - some[0][0], some))
+
+
+class HasGroups(Protocol):
+    """An optimizer of torch's, or several that step together."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+
+Grouped = TypeVar("Grouped", bound=HasGroups)
+
+
+class Way(Protocol):
+    """One way to do a step, with the loss of its last one."""
+
+    loss: float
+
+    def __call__(self) -> None: ...
 
 
 class Ours:
     """Our step, whole: collating, both passes, clipping, optimizer."""
 
-    def __init__(self, subject: Subject, samples: Sequence[Sample]) -> None:
+    def __init__(self, subject: Subject, samples: Sequence[Sample], _row: str = "") -> None:
         stage = StageConfig("mqa", 8192, 8192, learning_rate=1e-4, warmup_steps=0)
         optimizer = still(build_optimizer(subject.hypernetwork, stage))
         self._step = partial(
@@ -173,7 +218,7 @@ class Ours:
             samples,
             optimizer=optimizer,
             micro_batch_size=len(samples),
-            clip=1.0,
+            clip=UNCLIPPED,
             pad_id=0,
             ranks=Ranks(),
             guard=Guard(stage),
@@ -187,8 +232,9 @@ class Ours:
 class Theirs:
     """The recipe's step."""
 
-    def __init__(self, subject: Subject, samples: Sequence[Sample], context: int, conversation: int) -> None:
+    def __init__(self, subject: Subject, samples: Sequence[Sample], row: str) -> None:
         self._subject, self._samples = subject, samples
+        _, (context, conversation, _) = ROWS[row]
         self._optimizer = still(torch.optim.AdamW(subject.hypernetwork.parameters()))
         self._lengths = {"context_length": context, "conversation_length": conversation}
         self.loss = 0.0
@@ -197,7 +243,7 @@ class Theirs:
         subject = self._subject
         try:
             self.loss = recipe_step(
-                subject.hypernetwork, subject.precise, self._samples, optimizer=self._optimizer, **self._lengths
+                subject.hypernetwork, subject.precise, self._samples, optimizer=self._optimizer, clip=UNCLIPPED, **self._lengths
             )
         except torch.OutOfMemoryError:
             # Leaves the device to the others.
@@ -209,7 +255,7 @@ class Theirs:
 class FineTuning:
     """An ordinary step of PEFT's LoRA on the same tokens, context and conversation one sequence, through transformers' own loss."""
 
-    def __init__(self, subject: Subject, samples: Sequence[Sample]) -> None:
+    def __init__(self, subject: Subject, samples: Sequence[Sample], _row: str) -> None:
         hypernetwork = subject.hypernetwork
         config = LoraConfig(r=hypernetwork.layout.rank, target_modules=list(hypernetwork.config.targets))
         self._model = get_peft_model(subject.plain(), config, autocast_adapter_dtype=False)
@@ -218,12 +264,18 @@ class FineTuning:
         labels, _ = pad_left([[IGNORE] * len(sample.context_ids) + sample.labels for sample in samples], value=IGNORE)
         self._ids, self._labels = ids.to(subject.device), labels.to(subject.device)
         self._mask = None if mask is None else mask.to(subject.device)
+        self.loss = 0.0
 
     def __call__(self) -> None:
         self._optimizer.zero_grad()
-        self._model(input_ids=self._ids, attention_mask=self._mask, labels=self._labels, use_cache=False).loss.backward()
-        nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        loss = self._model(input_ids=self._ids, attention_mask=self._mask, labels=self._labels, use_cache=False).loss
+        loss.backward()
+        self.loss = float(loss)
+        nn.utils.clip_grad_norm_(self._model.parameters(), UNCLIPPED)
         self._optimizer.step()
+
+
+WAYS: Mapping[str, Callable[[Subject, Sequence[Sample], str], Way]] = {"peft": FineTuning, "shine": Ours, "recipe": Theirs}
 
 
 def gradient(hypernetwork: nn.Module) -> Tensor:
@@ -232,22 +284,11 @@ def gradient(hypernetwork: nn.Module) -> Tensor:
     return torch.cat([value.flatten().cpu() for value in found if value is not None])
 
 
-def still(optimizer: Anything) -> Anything:
+def still(optimizer: Grouped) -> Grouped:
     """The optimizer at rate zero: it works and changes nothing, so that each round sees the same weights."""
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     return optimizer
-
-
-def show_profile(subject: Subject, lengths: Sequence[tuple[int, int, int]]) -> None:
-    """The operators that take most of one step of ours."""
-    step = Ours(subject, examples(lengths, vocabulary_size=subject.backbone.vocabulary_size))
-    step()
-    cuda = subject.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
-        step()
-    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-    print(found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))
 
 
 if __name__ == "__main__":

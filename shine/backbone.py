@@ -33,6 +33,15 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that a Llama-like layer gives the same tensor; where one does not, they are computed apart."""
 
 
+CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
+"""Of the float32 logits of one chunk of labels: about what a CPU's caches hold; what a GPU takes in one large product."""
+
+
+def chunk_rows(vocabulary_size: int, *, device_type: str) -> int:
+    """Labels whose logits are held at one time."""
+    return max(CHUNK_BYTES[device_type] // (4 * vocabulary_size), 1)
+
+
 class Backbone:
     """A frozen causal LM that can wear a LoRA, one per sample of the batch.
 
@@ -136,6 +145,11 @@ class Backbone:
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits ``[..., V]`` of hidden states ``[..., H]``."""
         return self.model.get_output_embeddings()(hidden)
+
+    def label_chunks(self, hidden: Tensor) -> list[slice]:
+        """Which rows of ``[N, H]`` have their logits in memory at one time; at least one chunk, an empty one of no rows."""
+        rows = chunk_rows(self.vocabulary_size, device_type=hidden.device.type)
+        return [slice(start, start + rows) for start in range(0, len(hidden), rows)] or [slice(0, 0)]
 
     def wide_logits(self, hidden: Tensor) -> Tensor:
         """`logits` in float32 at least."""

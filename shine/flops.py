@@ -2,7 +2,7 @@
 
 A linear of ``N`` weights costs ``2 N`` a token forward, ``2 N`` for the gradient of its input and ``2 N`` for that of its weights:
 4 N a token in training where it is frozen, 6 N where it is trained. Attention counts its scores and its mixture on one side of the
-diagonal. Norms, activations, softmax and embeddings are not counted.
+diagonal. The attention of the M2P transformer, norms, activations, softmax and embeddings are not counted.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from shine.backbone import Backbone
 from shine.hypernetwork import Hypernetwork
 
 
-def training_flops(backbone: Backbone, hypernetwork: Hypernetwork, *, read: int, answered: int, labels: int) -> float:
-    """A training step on one sample; activation checkpointing adds the second forward pass.
+def training_flops(
+    backbone: Backbone, hypernetwork: Hypernetwork, *, read: int, answered: int, labels: int, recomputed: bool = True
+) -> float:
+    """A training step on one sample.
 
     Args:
         read: context tokens.
         answered: tokens of the conversation.
         labels: those of them that are learned; only they meet the vocabulary.
+        recomputed: with the second forward pass of activation checkpointing, where that is on; without it, what is of use.
     """
     memory = hypernetwork.memory_tokens.shape[0]
-    again = 2 if backbone.activation_checkpointing else 0
+    again = 2 if backbone.activation_checkpointing and recomputed else 0
     linears = (4 + again) * _weights(backbone.layers) * (read + memory + answered)
     meta = (6 + again) * (read + memory) * sum(parameter.numel() for parameter in hypernetwork.meta_lora.parameters())
     generated = (6 + again) * answered * adapter_parameters(backbone, hypernetwork.layout.rank)

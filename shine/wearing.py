@@ -1,7 +1,8 @@
 """What a decoder layer does while it wears a LoRA, in as few operations as it takes.
 
 On a GPU a layer's arithmetic is often shorter than the time the host needs to hand its operations over, so their number is counted
-(`tests/test_wearing.py`): adding an update in place costs autograd one node, not the copies it makes for a changed view.
+(`benchmarks/operators.py`): adding an update in place costs autograd one node, not the copies it makes for a changed view (which
+the output of a linear with a bias still is).
 """
 
 from __future__ import annotations
@@ -63,13 +64,15 @@ class LayerLoRA:
 
 
 def _by_adapter(states: Tensor, adapters: int) -> Tensor:
-    """``[B, T, H] -> [adapters, B / adapters * T, H]``: the samples in a row that wear one adapter, one below the other."""
-    return states if states.shape[0] == adapters else states.reshape(adapters, -1, states.shape[-1])
+    """``[B, ..., H] -> [adapters, B / adapters * ..., H]``: the samples in a row that wear one adapter, one below the other."""
+    as_it_is = states.ndim == 3 and states.shape[0] == adapters
+    return states if as_it_is else states.reshape(adapters, -1, states.shape[-1])
 
 
 def _add_product(output: Tensor, projected: Tensor, b: Tensor) -> Tensor:
-    """``output [B, T, out]`` with ``projected [adapters, tokens, r] x b [adapters, r, out]`` added in place."""
-    rows = output if output.shape[0] == b.shape[0] else output.view(b.shape[0], -1, output.shape[-1])
+    """``output [B, ..., out]`` with ``projected [adapters, tokens, r] x b [adapters, r, out]`` added in place."""
+    as_it_is = output.ndim == 3 and output.shape[0] == b.shape[0]
+    rows = output if as_it_is else output.view(b.shape[0], -1, output.shape[-1])
     rows.baddbmm_(projected, b)
     return output
 
@@ -94,7 +97,10 @@ class _AddUpdate(torch.autograd.Function):
 
 
 class _AsType(torch.autograd.Function):
-    """Tensors in another type, all at once: on a GPU one operation for many of them instead of one each."""
+    """Tensors in another type, all at once: on a GPU one operation for many of them instead of one each.
+
+    Their gradients come back together too, at the end of the backward pass: DDP sends those of the meta LoRA after it, not within.
+    """
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:

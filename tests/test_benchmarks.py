@@ -88,12 +88,12 @@ def test_training_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_steps_that_learn_something_else_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Ours with the adapters of two contexts exchanged: the losses are as like as before."""
-    label_logits = Backbone.label_logits
+    label_hidden = Backbone.label_hidden
 
     def exchanged(self: Backbone, *args: Any, lora: LoRA, **kwargs: Any) -> torch.Tensor:
-        return label_logits(self, *args, lora=lora.select([1, 0]), **kwargs)
+        return label_hidden(self, *args, lora=lora.select([1, 0]), **kwargs)
 
-    monkeypatch.setattr(Backbone, "label_logits", exchanged)
+    monkeypatch.setattr(Backbone, "label_hidden", exchanged)
     with pytest.raises(SystemExit, match="do not compute the same"):
         run("train_step", ["--rows", "mqa", "--batch", "2", "--without", "peft"], monkeypatch, capsys)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_hypernetwork_config, tiny_model, tiny_tokenizer
+from conftest import VOCABULARY, tiny_hypernetwork_config, tiny_model, tiny_tokenizer
 from runs import losses_of, stage_config, stage_samples, train_config
 from test_evaluation import evaluation_config, write_examples
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shine import LoRA, Shine, attention
+from shine import backbone as backbones
 from shine.backbone import Backbone
 from shine.checkpoint import CheckpointInfo, read_weights, save_hypernetwork
 from shine.config import BackboneConfig, DistillationConfig, TrainConfig
@@ -135,6 +136,16 @@ def test_a_step_is_the_cpus(stage: str, checkpointing: bool, dtype: torch.dtype)
     found, there = step(*pair(DEVICE, dtype=dtype, activation_checkpointing=checkpointing), samples)
     assert found == pytest.approx(loss, rel=ROUNDING[dtype])
     assert_near(there, gradients, away=ROUNDING[dtype])
+
+
+def test_labels_in_several_chunks_are_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = stage_samples("mqa", 4)
+    loss, gradients = step(*pair("cpu"), samples)
+    # Three labels at a time.
+    monkeypatch.setitem(backbones.CHUNK_BYTES, "cuda", 3 * 4 * VOCABULARY)
+    found, there = step(*pair(DEVICE), samples)
+    assert found == pytest.approx(loss, rel=1e-4)
+    assert_near(there, gradients, away=1e-4)
 
 
 def test_a_distilled_step_is_the_cpus() -> None:

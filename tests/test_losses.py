@@ -12,11 +12,11 @@ from runs import stage_samples
 from torch import Tensor
 from torch.nn import functional as F
 
+from shine import backbone as backbones
 from shine.backbone import Backbone
 from shine.config import DistillationConfig
 from shine.data.batching import collate
 from shine.lora import LoRA
-from shine.training import losses
 from shine.training.distillation import Teacher
 from shine.training.losses import losses_under
 
@@ -37,7 +37,7 @@ def gradients(lora: LoRA, loss: Tensor) -> list[Tensor]:
 
 def limit(monkeypatch: pytest.MonkeyPatch, backbone: Backbone, rows: int) -> list[int]:
     """Chunks of so many labels; how many each product of the head then really had."""
-    monkeypatch.setitem(losses.CHUNK_BYTES, "cpu", rows * 4 * backbone.vocabulary_size)
+    monkeypatch.setitem(backbones.CHUNK_BYTES, "cpu", rows * 4 * backbone.vocabulary_size)
     seen, logits = [], Backbone.logits
 
     def watched(self: Backbone, hidden: Tensor) -> Tensor:

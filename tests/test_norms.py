@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from conftest import tiny_model
 from torch import Tensor, nn
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from shine.norms import fuse_norms
+from shine.backbone import Backbone
+from shine.norms import _fused, fuse_norms
 
 
 def random_norm(dtype: torch.dtype = torch.float32) -> Qwen3RMSNorm:
@@ -60,6 +62,27 @@ def test_a_norm_of_another_formula_stays() -> None:
     norm = OneMoreRMSNorm(24)
     assert fuse_norms(norm) == 0
     torch.testing.assert_close(norm(torch.ones(1, 24)), torch.full((1, 24), 2.0))
+
+
+class RoundedOnceRMSNorm(Qwen3RMSNorm):
+    """As OLMo 2's: scaled before it is rounded."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        wide = hidden_states.float()
+        return (self.weight * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)).to(
+            hidden_states.dtype
+        )
+
+
+def test_a_norm_that_rounds_at_another_place_stays() -> None:
+    """Though its weights are all one, under which both forms agree."""
+    assert fuse_norms(RoundedOnceRMSNorm(24).bfloat16()) == 0
+
+
+def test_a_backbone_computes_by_fused_norms(make_backbone: Callable[..., Backbone]) -> None:
+    norms = [module for module in make_backbone().model.modules() if type(module).__name__.endswith("RMSNorm")]
+    assert norms
+    assert {module.forward.__func__ for module in norms} == {_fused}
 
 
 def test_a_norm_that_computes_in_float32_within_a_float64_model_stays() -> None:

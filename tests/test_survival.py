@@ -31,6 +31,7 @@ from shine.training import loop
 from shine.training.guard import NOT_FINITE, SPIKE, Guard
 from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE, SAMPLES_FILE
+from shine.training.optimizer import Optimizers
 from shine.training.provenance import differences
 from shine.training.state import STATE_FILE, load_state, newest_whole, step_directories
 from shine.training.stop import StoppedError, stop_requests
@@ -402,7 +403,7 @@ def test_a_changed_weight_decay_takes_effect(tiny_backbone_folder: str, tmp_path
     seen: list[list[float]] = []
     real = loop.training_step
 
-    def spy(*args: Any, optimizer: torch.optim.Optimizer, **options: Any) -> Any:
+    def spy(*args: Any, optimizer: Optimizers, **options: Any) -> Any:
         seen.append([group["weight_decay"] for group in optimizer.param_groups])
         return real(*args, optimizer=optimizer, **options)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from shine.lora import LoRA
 from shine.wearing import LayerLoRA, as_type
@@ -35,6 +36,28 @@ def test_an_update_and_all_its_gradients_are_those_of_the_formula(adapters: int)
     with torch.no_grad():
         torch.testing.assert_close(wear(*inputs), expected)
     assert torch.autograd.gradcheck(wear, inputs)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 2, 3, 6)], ids=["one token each", "tokens in rows"])
+def test_an_input_of_other_dimensions_is_worn_too(shape: tuple[int, ...]) -> None:
+    """As experts that are shared are called: without the dimension of the sequence."""
+    x, weight, *pairs = tensors(shape, (6, 7), (4, 6, 2), (4, 2, 7), (4, 6, 2), (4, 2, 7))
+    rows = x.flatten(1, -2) if x.ndim > 2 else x[:, None]
+    expected = wear(rows, weight, *pairs).view(*shape[:-1], 14)
+    torch.testing.assert_close(wear(x, weight, *pairs), expected)
+    assert torch.autograd.gradcheck(wear, (x, weight, *pairs))
+
+
+def test_the_output_of_a_linear_with_a_bias_is_changed_in_place_too() -> None:
+    """It is a view of a product, which autograd copies."""
+    x, weight, bias, a, b = tensors((2, 5, 6), (7, 6), (7,), (2, 6, 3), (2, 3, 7))
+
+    def worn(*inputs: Tensor) -> Tensor:
+        x, weight, bias, a, b = inputs
+        return LayerLoRA(LoRA({"q": (a, b)})).add("q", ("q",), x, F.linear(x, weight, bias))
+
+    torch.testing.assert_close(worn(x, weight, bias, a, b), F.linear(x, weight, bias) + x @ a @ b)
+    assert torch.autograd.gradcheck(worn, (x, weight, bias, a, b))
 
 
 def test_what_needs_no_gradient_gets_none() -> None:

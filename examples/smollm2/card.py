@@ -35,6 +35,7 @@ PLACE = ASSETS / "smollm2-135m"
 Runs = Sequence[tuple[str, Path]]
 """What was kept of each training run, oldest first: its stage, numbered where one comes twice, and its folder."""
 COLORS = (*STAGE_COLORS, "#66a182", "#6d597a", "#b07156")
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 CURVES, CARD, SCORES = "curves.png", "README.md", "scores.json"
 SET_TITLES = {"squad": "SQuAD, unseen articles", "worlds": "invented worlds, unseen"}
 PANELS = (
@@ -242,9 +243,9 @@ def _answers(results: Results, source: str, title: str) -> Iterator[str]:
 
 def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
     yield from ["", "## Training", "", f"![Losses, gap and cosine over the steps]({CURVES})", ""]
-    columns = ["stage", "learned from", "steps x contexts", "tokens, context / conversation", "learning rate"]
+    columns = ["stage", "learned from", "steps x contexts", "tokens, context / conversation", "optimizer, learning rate"]
     yield f"| {' | '.join(columns)} | loss on unseen contexts, half way and at the end | gap | cosine |"
-    yield "|---|---|---:|---:|---:|---|---:|---:|"
+    yield "|---|---|---:|---:|---|---|---:|---:|"
     for stage, run in runs:
         recipe, steps = read_recipe(run)["stage"], read_metrics(run, "loss")[0][-1]
         sources = ", ".join(_sources(read_recipe(run)["data"]))
@@ -255,14 +256,15 @@ def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
             ends.append(f"{half_way:.2f}, {values[-1]:.2f} ({name.split('/')[1]})")
         gap, cosine = (read_metrics(run, f"validation/adapter_{name}")[1][-1] for name in ("gap", "cosine"))
         lengths = f"{recipe['context_length']} / {recipe['conversation_length']}"
-        cells = [sources, f"{steps:,} x {recipe['batch_size']}", lengths, f"{recipe['learning_rate']:g}", "; ".join(ends)]
+        rate = f"{OPTIMIZERS[recipe.get('optimizer', 'adamw')]} {recipe['learning_rate']:g}"
+        cells = [sources, f"{steps:,} x {recipe['batch_size']}", lengths, rate, "; ".join(ends)]
         yield f"| {stage} | {' | '.join(cells)} | {gap:.2f} | {cosine:.2f} |"
     yield ""
     yield from _paragraph(
         "Losses in nats a label token; the gap is how much worse a label is foretold under another context's adapter, zero "
         "if adapters held nothing. The learning rate falls to zero within each stage, so a part of what a stage gains at its end "
         "is that. "
-        "Recipes: `training/` and `configs/experiment/smollm2_gpu.yaml`; what was tried, and what did not help: "
+        "Recipes: `training/`, `configs/experiment/smollm2.yaml` and `smollm2_gpu.yaml`; what was tried, and what did not help: "
         "`docs/training_log.md`."
     )
     stage, losses = reader["stage"], reader["losses"]

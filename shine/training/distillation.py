@@ -77,8 +77,10 @@ class Teacher:
         """What it expects at the labels of a micro-batch, in the order in which `shine.data.batching.collate` has them."""
         shown = [in_prompt(sample, self.tokenizer) for sample in samples]
         batch = collate(shown, pad_id=self.tokenizer.pad_token_id, multiple=multiple).to(self.backbone.device)
-        logits = self.backbone.label_logits(
+        hidden = self.backbone.label_hidden(
             batch.input_ids, batch.input_mask, label_positions=batch.label_positions, lora=self.reader
         )
-        logs, ids = F.log_softmax(logits.float(), dim=-1).topk(self.config.top, dim=-1)
+        logits = (self.backbone.wide_logits(hidden[chunk]) for chunk in self.backbone.label_chunks(hidden))
+        found = [F.log_softmax(part.float(), dim=-1).topk(self.config.top, dim=-1) for part in logits]
+        logs, ids = (torch.cat(each) for each in zip(*found, strict=True))
         return Targets(ids, with_rest(logs), self.config.share)

@@ -33,7 +33,7 @@ from shine.training.distributed import Ranks, SharedRefusalError, join_ranks
 from shine.training.guard import Guard
 from shine.training.monitor import BAD_STEPS_FILE, Monitor
 from shine.training.needs import estimate, matrix_rate, room
-from shine.training.optimizer import build_optimizer, learning_rate
+from shine.training.optimizer import build_optimizer, check_optimizer, learning_rate
 from shine.training.owner import Owner, owned
 from shine.training.parallel import restore_optimizer, shard, shard_backbone, synchronised, whole_optimizer, whole_weights
 from shine.training.provenance import differences, run_record
@@ -82,6 +82,7 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Path:
 def _prepare(config: TrainConfig, ranks: Ranks, *, start: Start, request: StopRequest, owner: Owner | None) -> _Run:
     with ranks.together():
         _check_shares(config.stage, ranks=ranks.size)
+        check_optimizer(config.stage)
         look_into(config.data.train, "data.train")
         look_into(config.data.validation, "data.validation")
     if start.directory is not None and not start.resumed:
@@ -344,7 +345,9 @@ class _Run:
             free, binding = self._differences(directory, state, record)
             if not self.ranks.first:
                 state = replace(state, optimizer={})
-        restore_optimizer(self.hypernetwork, self.optimizer, dict(state.optimizer))
+        anew = record["config"]["stage"].get("optimizer", "adamw") != self.stage.optimizer
+        if not anew:
+            restore_optimizer(self.hypernetwork, self.optimizer, dict(state.optimizer))
         self.step, self.best = state.step, state.best
         self.stream.epoch, self.stream.offset = state.epoch, state.offset % len(self.stream.samples)
         self.stream.samples.tally = Tally.of(state.tally)
@@ -355,6 +358,8 @@ class _Run:
         changed = [f"{name}: {old} -> {found.get(name)}" for name, old in record["versions"].items() if old != found.get(name)]
         if len(state.rng) != self.ranks.size:
             changed.append(f"ranks: {len(state.rng)} -> {self.ranks.size}")
+        if anew:
+            changed.append("the moments of the optimizer begin anew: it is another one")
         later = set_aside(self.output, step=self.step) if self.ranks.first else []
         if later:
             changed.append(f"what lay after that step is in {self.output / 'abandoned'}: {', '.join(path.name for path in later)}")

@@ -20,9 +20,6 @@ from shine.data.batching import Batch
 from shine.lora import LoRA
 from shine.training.distillation import Targets
 
-CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
-"""Of the float32 logits of one chunk: about what a CPU's caches hold; what a GPU takes in one large product."""
-
 
 def label_losses(
     hypernetwork: nn.Module, backbone: Backbone, batch: Batch, targets: Targets | None = None
@@ -39,8 +36,7 @@ def label_losses(
 def losses_under(lora: LoRA, backbone: Backbone, batch: Batch, targets: Targets | None = None) -> tuple[Tensor, Tensor]:
     """`label_losses` where the adapters are there already."""
     hidden = backbone.label_hidden(batch.input_ids, batch.input_mask, label_positions=batch.label_positions, lora=lora)
-    rows = max(CHUNK_BYTES[hidden.device.type] // (4 * backbone.vocabulary_size), 1)
-    chunks = [slice(start, start + rows) for start in range(0, len(hidden), rows)] or [slice(0, 0)]
+    chunks = backbone.label_chunks(hidden)
     if torch.is_grad_enabled() and hidden.requires_grad:
         losses, right = _InChunks.apply(hidden, backbone, batch.label_ids, targets, chunks)
         return losses, right

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from shine.backbone import Backbone
+from shine.backbone import Backbone, chunk_rows
 from shine.config import TrainConfig
 from shine.data.samples import Sample, StageSamples
 from shine.flops import forward_flops, training_flops
 from shine.hypernetwork import Hypernetwork
 
-SHARE_OF_RATE = {"cuda": 0.4, "cpu": 0.15}
-"""Which share of a device's matrix rate a step is assumed to reach: on CPUs near what was seen, on CUDA not measured yet."""
+SHARE_OF_RATE = {"cuda": 0.1, "cpu": 0.5}
+"""Which share of a device's matrix rate a step is assumed to reach: near what was seen (docs/performance.md; 19 % for Qwen3-8B)."""
 
 
 @dataclass(frozen=True)
@@ -95,21 +95,22 @@ def estimate(
     stage, seen = config.stage, _look_at(samples, 64)
     trained = sum(parameter.numel() for parameter in hypernetwork.parameters())
     frozen = sum(parameter.numel() for parameter in backbone.model.parameters())
-    # Weight, gradient and Adam's two moments, float32 each. DDP keeps the gradients of its buckets once more; FSDP gathers weights
-    # and gradients whole within a step.
+    # Weight, gradient and Adam's two moments, float32 each (Muon has one). DDP keeps the gradients of its buckets once more; FSDP
+    # gathers weights and gradients whole within a step.
     copies = 4.0
     if ranks > 1:
         copies = 5 if config.engine == "ddp" else 2 + 4 / ranks
     held, gathered = _frozen_bytes(backbone)
     widest = max(sample.tokens for sample in seen)
     memory = hypernetwork.memory_tokens.shape[0]
-    per_sample = _activation_bytes(backbone, hypernetwork, tokens=widest + memory, labels=max(s.label_count for s in seen))
+    per_sample = _activation_bytes(backbone, hypernetwork, tokens=widest + memory)
+    head = _head_bytes(backbone, labels=max(s.label_count for s in seen) * stage.micro_batch_size)
     flops = sum(_flops(sample, backbone, hypernetwork, taught=stage.distillation is not None) for sample in seen) / len(seen)
     return Needs(
         trained=trained,
         frozen=frozen,
         weights=held + gathered + round(trained * 4 * copies),
-        activations=per_sample * stage.micro_batch_size,
+        activations=per_sample * stage.micro_batch_size + head,
         tokens_per_step=stage.batch_size * sum(sample.tokens for sample in seen) / len(seen),
         flops_per_step=stage.batch_size * flops,
         steps=steps,
@@ -156,7 +157,7 @@ def _flops(sample: Sample, backbone: Backbone, hypernetwork: Hypernetwork, *, ta
     return flops + (forward_flops(backbone, tokens=sample.tokens, predicted=labels) if taught else 0.0)
 
 
-def _activation_bytes(backbone: Backbone, hypernetwork: Hypernetwork, *, tokens: int, labels: int) -> int:
+def _activation_bytes(backbone: Backbone, hypernetwork: Hypernetwork, *, tokens: int) -> int:
     """What one sample keeps for its backward pass: the inputs of linears, norms (in float32) and attention."""
     size, hidden = backbone.model.dtype.itemsize, backbone.hidden_size
     wide = sum(module.out_features for module in backbone.layers[0].modules() if isinstance(module, nn.Linear))
@@ -165,8 +166,13 @@ def _activation_bytes(backbone: Backbone, hypernetwork: Hypernetwork, *, tokens:
     body = layers * tokens * hidden * size + a_layer if backbone.activation_checkpointing else layers * a_layer
     states = layers * hypernetwork.memory_tokens.shape[0] * hidden
     m2p = states * len(hypernetwork.m2p.layers) * (12 * size + 4 * 4)
-    head = labels * backbone.vocabulary_size * (size + 8)
-    return body + m2p + head
+    return body + m2p
+
+
+def _head_bytes(backbone: Backbone, *, labels: int) -> int:
+    """Logits of the labels that have them at one time, with what their loss and its gradient hold beside."""
+    rows = min(labels, chunk_rows(backbone.vocabulary_size, device_type=backbone.device.type))
+    return rows * backbone.vocabulary_size * (backbone.model.dtype.itemsize + 8)
 
 
 def _duration(hours: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,16 @@ class Optimizers:
             part.step()
 
 
+def check_optimizer(stage: StageConfig) -> None:
+    """Make sure that this torch has the optimizer of a stage.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if stage.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"torch {torch.__version__} has no Muon: install torch 2.9 or newer, or set stage.optimizer=adamw")
+
+
 def build_optimizer(trained: nn.Module, stage: StageConfig) -> Optimizers:
     """AdamW over every trainable, or Muon over the matrices of linears and AdamW over the others; norms and biases are not decayed.
 
@@ -53,17 +63,18 @@ def build_optimizer(trained: nn.Module, stage: StageConfig) -> Optimizers:
     Raises:
         ValueError: this torch has no Muon.
     """
-    if stage.optimizer == "adamw":
-        return Optimizers(_adamw(_owned(trained), stage))
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"torch {torch.__version__} has no Muon: install torch 2.9 or newer, or set stage.optimizer=adamw")
     owned = list(_owned(trained))
-    matrices = [parameter for module, name, parameter in owned if _is_matrix(module, name)]
-    others = _adamw(iter([each for each in owned if not _is_matrix(*each[:2])]), stage)
+    matrices = [each for each in owned if stage.optimizer == "muon" and _is_matrix(*each[:2])]
     if not matrices:
-        return Optimizers(others)
-    muon = torch.optim.Muon(matrices, lr=stage.learning_rate, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return Optimizers(muon, others)
+        return Optimizers(_adamw(owned, stage))
+    check_optimizer(stage)
+    muon = torch.optim.Muon(
+        [parameter for _, _, parameter in matrices],
+        lr=stage.learning_rate,
+        weight_decay=stage.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return Optimizers(muon, _adamw([each for each in owned if not _is_matrix(*each[:2])], stage))
 
 
 def _owned(trained: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
@@ -76,7 +87,7 @@ def _is_matrix(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and name == "weight"
 
 
-def _adamw(owned: Iterator[tuple[nn.Module, str, nn.Parameter]], stage: StageConfig) -> torch.optim.AdamW:
+def _adamw(owned: Sequence[tuple[nn.Module, str, nn.Parameter]], stage: StageConfig) -> torch.optim.AdamW:
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for module, name, parameter in owned:

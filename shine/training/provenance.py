@@ -44,6 +44,10 @@ FREE = (
 else stands for them, as the fingerprint of the samples does for where they lie."""
 
 
+EARLIER = {"stage.optimizer": "adamw"}
+"""What runs did that were recorded before there was a choice."""
+
+
 def run_record(config: TrainConfig) -> dict[str, Any]:
     """The resolved configuration with the versions of what it ran on."""
     return {"config": asdict(config), "versions": versions()}
@@ -78,7 +82,7 @@ def git_revision() -> str | None:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """How two resolved configurations differ: what leaves the result alone, and what changes it, each as ``key: old -> new``."""
-    old, new = dict(_flat(before)), dict(_flat(now))
+    old, new = {**EARLIER, **dict(_flat(before))}, {**EARLIER, **dict(_flat(now))}
     free: list[str] = []
     binding: list[str] = []
     for key in sorted(old.keys() | new.keys()):
