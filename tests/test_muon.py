@@ -72,7 +72,7 @@ def test_a_module_without_linears_is_trained_by_adamw_alone() -> None:
 @pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_muon_on_two_ranks_is_muon_on_one(engine: str, tiny_backbone_folder: str, tmp_path: Path) -> None:
-    """Also from a save on, by the other engine. It orthogonalises in bfloat16 whatever the weights are: a rounding may fall elsewhere."""
+    """Also from a save on, by the other engine. It orthogonalises in bfloat16, whatever the weights are: a rounding may differ."""
     values: dict[str, Any] = {"stage": stage_config("mqa", micro_batch_size=1, steps=12, save_every=6, optimizer="muon")}
     values["backbone"] = BackboneConfig(path=tiny_backbone_folder, dtype="float64", device="cpu")
     train(train_config(tiny_backbone_folder, tmp_path / "one", **values))
