@@ -15,7 +15,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from machine import Ratio, alternate, peak_memory, ratio_with_spread, show_limits, tf32
+from machine import Ratio, alternate, peak_memory, ratio_with_spread, show_limits, show_profile, tf32
 from recipe import FARTHEST, recipe_lora
 from subject import MODELS, Subject, load, tokens
 
@@ -36,8 +36,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--without-recipe", action="store_true", help="leave the published way out")
+    parser.add_argument("--profile", action="store_true", help="print where ours spends its time, and nothing else")
     args = parser.parse_args()
     subject = load(args.model, device=args.device)
+    if args.profile:
+        for length in args.lengths:
+            show_profile(encoder(subject, length), subject.device)
+        return
     rates = show_limits(subject.backbone, rows=args.lengths)
     print(f"\n{args.model}, {subject.hypernetwork.memory_tokens.shape[0]} memory tokens")
     head = f"{'context':>8} {'encoding':>10} {'a token':>10} {'plain pass':>11} {'times as long':>28}"
@@ -88,15 +93,23 @@ def against_the_recipe(subject: Subject, length: int, *, rounds: int) -> None:
         raise SystemExit("the two ways do not compute the same: that is more than rounding explains")
 
 
-def measure(subject: Subject, length: int, *, rounds: int) -> tuple[list[float], list[float], int]:
-    """Seconds of encoding and of the plain pass in each round, and the bytes held while encoding."""
-    backbone, hypernetwork = subject.backbone, subject.hypernetwork
-    context = tokens(1, length, backbone)
-    longer = tokens(1, length + hypernetwork.memory_tokens.shape[0], backbone)
+def encoder(subject: Subject, length: int) -> Callable[[], None]:
+    """What encodes one context of this length."""
+    context = tokens(1, length, subject.backbone)
 
     @torch.inference_mode()
     def encode() -> None:
-        hypernetwork(backbone, context, None)
+        subject.hypernetwork(subject.backbone, context, None)
+
+    return encode
+
+
+def measure(subject: Subject, length: int, *, rounds: int) -> tuple[list[float], list[float], int]:
+    """Seconds of encoding and of the plain pass in each round, and the bytes held while encoding."""
+    backbone, hypernetwork = subject.backbone, subject.hypernetwork
+    longer = tokens(1, length + hypernetwork.memory_tokens.shape[0], backbone)
+
+    encode = encoder(subject, length)
 
     @torch.inference_mode()
     def read() -> None:

@@ -20,7 +20,7 @@ from dataclasses import replace
 from statistics import median
 
 import torch
-from machine import alternate, configured, peak_memory, ratio_with_spread, show_limits
+from machine import alternate, configured, peak_memory, ratio_with_spread, show_limits, show_profile
 from recipe import FARTHEST, RecipeShine
 from subject import MODELS, QWEN3, Subject, load
 from torch.nn import functional as F
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="timed ones (default: %(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--without-recipe", action="store_true", help="leave the published way out")
+    parser.add_argument("--profile", action="store_true", help="print where ours spends its time, and nothing else")
     parser.add_argument("overrides", nargs="*", help="of the data, as for test.py: sets=squad data.test.squad.path=data/squad")
     args = parser.parse_intermixed_args()
     for override in args.overrides:
@@ -116,9 +117,12 @@ def main() -> None:
         examples = alike(config, speaker, contexts=args.contexts, questions=args.questions)
     except ValueError as error:
         parser.error(str(error))
-    rates = show_limits(subject.backbone, rows=(1, args.contexts, 256))
     method = Shine("shine", speaker, subject.hypernetwork)
     together = f"{args.contexts} side by side"
+    if args.profile:
+        show_profile(Way(method, examples, config, size=args.contexts), subject.device)
+        return
+    rates = show_limits(subject.backbone, rows=(1, args.contexts, 256))
     ways = {together: Way(method, examples, config, size=args.contexts), "one by one": Way(method, examples, config, size=1)}
     peaks = {name: peak_memory(way, subject.device) for name, way in ways.items()}
     if not args.without_recipe:

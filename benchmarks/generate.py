@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from machine import alternate, first_runs, ratio_with_spread, show_limits, tf32
+from machine import alternate, first_runs, ratio_with_spread, show_limits, show_profile, tf32
 from subject import MODELS, Subject, load, tokens
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,13 +44,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--without-recipe", action="store_true", help="leave the published way out")
+    parser.add_argument("--profile", action="store_true", help="print where ours spends its time, and nothing else")
     args = parser.parse_args()
     subject = load(args.model, device=args.device)
-    rates = show_limits(subject.backbone, rows=(1, args.batch))
-    print(f"\n{args.model}: {args.batch} questions of {args.prompt} tokens, {args.new} new tokens each")
     with torch.inference_mode():
         lora = subject.hypernetwork(subject.backbone, tokens(args.batch, args.context, subject.backbone), None)
     ways = answering(subject, lora, prompt=args.prompt, new=args.new, recipe=not args.without_recipe)
+    if args.profile:
+        show_profile(ways["side by side"], subject.device)
+        return
+    rates = show_limits(subject.backbone, rows=(1, args.batch))
+    print(f"\n{args.model}: {args.batch} questions of {args.prompt} tokens, {args.new} new tokens each")
     peaks, said = first_runs(ways, subject.device, needed="side by side")
     if RECIPE not in ways:
         subject.forget_precise()

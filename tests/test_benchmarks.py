@@ -19,7 +19,7 @@ from conftest import tiny_hypernetwork_config, tiny_model
 from generate import compare, conversation
 from recipe import RecipeShine, recipe_lora, recipe_loss
 from subject import load, tokens
-from train_step import MQA_LENGTHS
+from train_step import MQA_LENGTHS, lengths_of, padding
 
 from shine.backbone import Backbone
 from shine.chat import IGNORE
@@ -96,6 +96,61 @@ def test_steps_that_learn_something_else_are_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Backbone, "label_hidden", exchanged)
     with pytest.raises(SystemExit, match="do not compute the same"):
         run("train_step", ["--rows", "mqa", "--batch", "2", "--without", "peft"], monkeypatch, capsys)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("train_step", ["--profile", "shine", "--rows", "pretrain"]),
+        ("train_step", ["--profile", "recipe", "--rows", "mqa", "--batch", "1"]),
+        ("train_step", ["--profile", "peft", "--rows", "1qa"]),
+        ("encode", ["--profile", "--lengths", "32"]),
+        ("generate", ["--profile", "--batch", "2", "--context", "32", "--new", "2"]),
+        ("evaluate", ["--profile", "--contexts", "2", "--new", "2", "sets=worlds"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[1],
+)
+def test_a_profile_names_the_products(
+    name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = run(name, arguments, monkeypatch, capsys)
+    assert re.search(r"aten::b?a?d?d?b?mm", said)
+    assert "useful tokens" not in said
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_checkpointing_changes_neither_the_useful_arithmetic_nor_its_bounds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is computed again is of no use, and neither the recipe nor PEFT computes it."""
+    found = []
+    for option in ([], ["--checkpointing"]):
+        said = run("train_step", ["--rows", "1qa", *option], monkeypatch, capsys)
+        assert re.search(r"1 sample\(s\), 2,480 useful tokens, 0.0% padding", said)
+        found.append(re.findall(r"[\d.]+ TFLOP|\(arithmetic [\d.]+|arithmetic alone allows [\d.]+", said))
+    assert found[0] == found[1]
+    assert len(found[0]) == 3
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_step_of_ours_that_does_not_fit_ends_the_program(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> float:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("train_step.training_step", full)
+    with pytest.raises(SystemExit, match="shine does not fit: take a smaller --batch"):
+        run("train_step", ["--rows", "mqa", "--batch", "1"], monkeypatch, capsys)
+
+
+def test_a_measured_batch_is_padded_as_little_as_one_of_training() -> None:
+    for batch in (2, 4):
+        rows = lengths_of("mqa", batch)
+        assert len(set(rows)) == batch
+        samples = [Sample(id="", context_ids=[1] * c, input_ids=[1] * q, labels=[1] * q) for c, q, _ in rows]
+        assert padding(samples) < 0.08
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
