@@ -270,7 +270,7 @@ class FineTuning:
         self._optimizer.zero_grad()
         loss = self._model(input_ids=self._ids, attention_mask=self._mask, labels=self._labels, use_cache=False).loss
         loss.backward()
-        self.loss = float(loss)
+        self.loss = float(loss.detach())
         nn.utils.clip_grad_norm_(self._model.parameters(), UNCLIPPED)
         self._optimizer.step()
 
