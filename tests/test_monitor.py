@@ -65,10 +65,10 @@ def test_the_arithmetic_is_what_torch_counts(checkpointing: bool, make_backbone:
 
 def test_hours_follow_from_rate_and_ranks() -> None:
     found = needs.Needs(1, 2, 3, 4, tokens_per_step=100.0, flops_per_step=1e12, steps=3600)
-    assert found.hours(rate=1e12, ranks=1, device_type="cuda") == pytest.approx(1 / 0.4)
-    assert found.hours(rate=1e12, ranks=8, device_type="cuda") == pytest.approx(1 / 3.2)
+    assert found.hours(rate=1e12, ranks=1, device_type="cuda") == pytest.approx(1 / 0.1)
+    assert found.hours(rate=1e12, ranks=8, device_type="cuda") == pytest.approx(1 / 0.8)
     assert found.flops_per_token == pytest.approx(1e10)
-    assert "about 2.5 h on 1 x 1 TFLOP/s, if a step reaches 40%" in found.describe(rate=1e12, ranks=1, device_type="cuda")
+    assert "about 10.0 h on 1 x 1 TFLOP/s, if a step reaches 10%" in found.describe(rate=1e12, ranks=1, device_type="cuda")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from torch import nn
 from shine.backbone import Backbone
 from shine.config import BackboneConfig
 from shine.hypernetwork import Hypernetwork
+from shine.manifest import write_manifest
 from shine.training.loop import train
 from shine.training.optimizer import build_optimizer
 from shine.training.state import RUN_FILE, step_directories
@@ -104,9 +105,11 @@ def test_a_run_recorded_before_there_was_a_choice_goes_on(tiny_backbone_folder: 
     values = {"stage": stage_config(steps=8, save_every=4)}
     train(train_config(tiny_backbone_folder, tmp_path, **values))
     go_back_to_a_save(tmp_path, step=4)
-    record = step_directories(tmp_path)[-1] / RUN_FILE
+    directory = step_directories(tmp_path)[-1]
+    record = directory / RUN_FILE
     found = json.loads(record.read_text())
     del found["config"]["stage"]["optimizer"]
     record.write_text(json.dumps(found))
+    write_manifest(directory)
     train(train_config(tiny_backbone_folder, tmp_path, **values, resume="latest"))
     assert len(losses_of(tmp_path)) == 8

@@ -46,7 +46,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 CODE = tuple(
     _PACKAGE / f"{name}.py"
     for name in (
-        *("attention", "backbone", "chat", "hypernetwork", "lora", "m2p", "metrics", "prompt_cache"),
+        *("attention", "backbone", "chat", "hypernetwork", "lora", "m2p", "metrics", "norms", "prompt_cache", "wearing"),
         *("loading", "pretrained", "zoo"),
         *(f"data/{part}" for part in ("batching", "pieces", "samples")),
         *(f"evaluation/{part}" for part in ("fine_tuning", "methods", "pretraining", "qa", "run")),
