@@ -63,28 +63,25 @@ def build_optimizer(trained: nn.Module, stage: StageConfig) -> Optimizers:
     Raises:
         ValueError: this torch has no Muon.
     """
-    owned = list(_owned(trained))
-    matrices = [each for each in owned if stage.optimizer == "muon" and _is_matrix(*each[:2])]
+    matrices: list[nn.Parameter] = []
+    others: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module, name, parameter in _owned(trained):
+        if stage.optimizer == "muon" and isinstance(module, nn.Linear) and name == "weight":
+            matrices.append(parameter)
+        else:
+            others.append((module, name, parameter))
+    adamw = _adamw(others, stage)
     if not matrices:
-        return Optimizers(_adamw(owned, stage))
+        return Optimizers(adamw)
     check_optimizer(stage)
-    muon = torch.optim.Muon(
-        [parameter for _, _, parameter in matrices],
-        lr=stage.learning_rate,
-        weight_decay=stage.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return Optimizers(muon, _adamw([each for each in owned if not _is_matrix(*each[:2])], stage))
+    rate, decay = stage.learning_rate, stage.weight_decay
+    return Optimizers(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"), adamw)
 
 
 def _owned(trained: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     for module in trained.modules():
         for name, parameter in module.named_parameters(recurse=False):
             yield module, name, parameter
-
-
-def _is_matrix(module: nn.Module, name: str) -> bool:
-    return isinstance(module, nn.Linear) and name == "weight"
 
 
 def _adamw(owned: Sequence[tuple[nn.Module, str, nn.Parameter]], stage: StageConfig) -> torch.optim.AdamW:
