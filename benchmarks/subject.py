@@ -19,6 +19,7 @@ from shine.backbone import Backbone
 from shine.chat import IGNORE
 from shine.config import HypernetworkConfig, TrainConfig
 from shine.data.samples import Sample
+from shine.host_memory import keep_freed_memory
 from shine.hypernetwork import Hypernetwork
 from shine.loading import find_device
 from shine.pretrained import load_model, without_progress_bars
@@ -73,6 +74,7 @@ def load(name: str, *, device: str = "auto", activation_checkpointing: bool = Fa
         device: ``auto`` takes CUDA where there is some.
     """
     place = find_device(device)
+    keep_freed_memory(place)
     config = configured(TrainConfig, "train", [*WITH_WEIGHTS.get(name, (f"experiment={name}",)), "output=none"])
     attention.register()
     with without_progress_bars():
@@ -86,8 +88,12 @@ def load(name: str, *, device: str = "auto", activation_checkpointing: bool = Fa
     return Subject(name, backbone, _hypernetwork(config.hypernetwork, backbone), place, plain)
 
 
-def examples(lengths: Sequence[tuple[int, int, int]], *, vocabulary_size: int) -> list[Sample]:
-    """Random tokens of these lengths: of the context, of the conversation, and how many tokens at its end are labels."""
+def examples(lengths: Sequence[tuple[int, int, int]], *, vocabulary_size: int, of_each: int = 1) -> list[Sample]:
+    """Random tokens of these lengths: of the context, of the conversation, and how many tokens at its end are labels.
+
+    Args:
+        of_each: conversations about each context.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> list[int]:
@@ -95,9 +101,11 @@ def examples(lengths: Sequence[tuple[int, int, int]], *, vocabulary_size: int) -
 
     drawn = []
     for number, (context, conversation, labels) in enumerate(lengths):
-        ids = draw(conversation)
-        marks = [IGNORE] * (conversation - labels) + ids[conversation - labels :]
-        drawn.append(Sample(id=str(number), context_ids=draw(context), input_ids=ids, labels=marks))
+        read = draw(context)
+        for question in range(of_each):
+            ids = draw(conversation)
+            marks = [IGNORE] * (conversation - labels) + ids[conversation - labels :]
+            drawn.append(Sample(id=f"{number}/{question}", context_ids=read, input_ids=ids, labels=marks))
     return drawn
 
 

@@ -3,6 +3,7 @@
     python benchmarks/train_step.py                                    # SmolLM2-135M, on two cores
     python benchmarks/train_step.py --model qwen3-8b --batch 1          # random weights of that shape, on a GPU
     python benchmarks/train_step.py --profile shine                     # where our step spends its time, or recipe, or peft
+    python benchmarks/train_step.py --rows 1qa --questions 4            # four questions of one context, which ours reads once
 
 Useful tokens are those of contexts and conversations; padding and memory tokens are not counted. A share of the matrix rate is the
 arithmetic of `shine.flops` over the time, over the rate at which this machine multiplies matrices of the model's shapes. Where the
@@ -31,7 +32,7 @@ from torch.nn import functional as F
 
 from shine.chat import IGNORE
 from shine.config import StageConfig
-from shine.data.batching import pad_left
+from shine.data.batching import collate, pad_left
 from shine.data.samples import Sample
 from shine.flops import fine_tuning_flops, training_flops
 from shine.training.distributed import Ranks
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="smollm2-135m")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=["pretrain", "mqa"])
     parser.add_argument("--batch", type=int, help="samples in a batch (default: two of mqa, one of the others)")
+    parser.add_argument("--questions", type=int, default=1, help="conversations about each context (as 1qa can have them)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in our backward pass")
@@ -75,28 +77,30 @@ def main() -> None:
     subject = load(args.model, device=args.device, activation_checkpointing=args.checkpointing)
     if args.profile:
         for row in args.rows:
-            samples = examples(lengths_of(row, args.batch), vocabulary_size=subject.backbone.vocabulary_size)
+            lengths = lengths_of(row, args.batch)
+            samples = examples(lengths, vocabulary_size=subject.backbone.vocabulary_size, of_each=args.questions)
             show_profile(WAYS[args.profile](subject, samples, row), subject.device)
         return
     rates = show_limits(subject.backbone, rows=(ROWS_OF_LIMIT,))
     for row in args.rows:
-        measure(subject, row, batch=args.batch, rounds=args.rounds, rates=rates, without=args.without)
+        lengths = lengths_of(row, args.batch)
+        measure(subject, row, lengths, questions=args.questions, rounds=args.rounds, rates=rates, without=args.without)
 
 
 def measure(
     subject: Subject,
     row: str,
+    lengths: Sequence[tuple[int, int, int]],
     *,
-    batch: int | None,
+    questions: int,
     rounds: int,
     rates: Mapping[tuple[int, torch.dtype], float],
     without: Sequence[str],
 ) -> None:
-    """One row: seconds of each way in turns, and what they mean."""
+    """One row, ``questions`` conversations about each context: seconds of each way in turns, and what they mean."""
     rate, precise_rate = (rates[ROWS_OF_LIMIT, dtype] for dtype in (torch.bfloat16, torch.float32))
     title, (context, conversation, _) = ROWS[row]
-    lengths = lengths_of(row, batch)
-    samples = examples(lengths, vocabulary_size=subject.backbone.vocabulary_size)
+    samples = examples(lengths, vocabulary_size=subject.backbone.vocabulary_size, of_each=questions)
     useful = sum(sample.tokens for sample in samples)
     # From what holds little to what holds much (the recipe makes the weights in float32): a peak has in it what those before hold.
     subject.forget_precise()
@@ -106,7 +110,7 @@ def measure(
     peaks, _ = first_runs(runs, subject.device, warm_up=int(subject.device.type == "cuda"), needed="shine")
     learned = gradient(subject.hypernetwork) if "recipe" in runs else None
     seconds = alternate(runs, rounds=rounds, device=subject.device, warm_up=0)
-    flops = sum(useful_flops(subject, *each) for each in lengths)
+    flops = sum(useful_flops(subject, *each, questions=questions) for each in lengths)
     print(
         f"\n{title}: {len(samples)} sample(s), {useful:,} useful tokens, {padding(samples):.1%} padding, {flops / 1e12:.2f} TFLOP "
         "(4N a token for frozen linears, 6N for trained ones, attention below the diagonal)"
@@ -128,7 +132,7 @@ def measure(
         # The recipe's was the last of the first runs, so it left the gradient.
         compare(subject, samples, ways, learned=learned)
     if "peft" in runs:
-        against_peft(subject, lengths, seconds, flops=flops)
+        against_peft(subject, [each for each in lengths for _ in range(questions)], seconds, flops=flops)
 
 
 def against_peft(
@@ -142,15 +146,19 @@ def against_peft(
     print(f"  arithmetic alone allows {plain / flops:.2f}, {ratio.median / (plain / flops):.2f} of it is reached")
 
 
-def useful_flops(subject: Subject, read: int, answered: int, labels: int) -> float:
-    """Of our step on one sample; what checkpointing computes again is of no use."""
-    return training_flops(subject.backbone, subject.hypernetwork, read=read, answered=answered, labels=labels, recomputed=False)
+def useful_flops(subject: Subject, read: int, answered: int, labels: int, *, questions: int = 1) -> float:
+    """Of our step on one context and so many conversations; what checkpointing computes again is of no use."""
+    count = partial(training_flops, subject.backbone, subject.hypernetwork, read=read, recomputed=False)
+    encoding = count(answered=0, labels=0)
+    return questions * count(answered=answered, labels=labels) - (questions - 1) * encoding
 
 
 def padding(samples: Sequence[Sample]) -> float:
     """Share of the tokens that our passes see."""
-    seen = sum(len(samples) * max(len(getattr(s, name)) for s in samples) for name in ("context_ids", "input_ids"))
-    return 1 - sum(sample.tokens for sample in samples) / seen
+    batch = collate(samples, pad_id=0)
+    grids = ((batch.context_ids, batch.context_mask), (batch.input_ids, batch.input_mask))
+    filled = sum(ids.numel() if mask is None else int(mask.sum()) for ids, mask in grids)
+    return 1 - filled / sum(ids.numel() for ids, _ in grids)
 
 
 def compare(subject: Subject, samples: Sequence[Sample], ways: Mapping[str, Way], *, learned: Tensor) -> None:

@@ -177,6 +177,8 @@ class StageConfig:
         micro_batch_size: sequences a forward pass of one rank.
         length_window: so many batches at a time are drawn, and shared out among themselves by length, so that little is padded;
             zero draws each batch by itself.
+        conversations_per_context: of 1qa, up to so many questions of a context share its pass and its adapter; each stands side by
+            side with them in its batch. One draws each question by itself, as published.
         optimizer: ``adamw`` (published), or ``muon`` for the linears of the M2P transformer and AdamW for the rest.
         learning_rate: the peak, reached after ``warmup_steps`` and brought down to zero linearly.
         clip: largest global gradient norm.
@@ -200,6 +202,7 @@ class StageConfig:
     batch_size: Positive = 32
     micro_batch_size: Positive = 1
     length_window: Count = 0
+    conversations_per_context: Positive = 1
     pad_to_multiple: Positive = 1
     optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: NotNegative = 0.01
@@ -219,6 +222,11 @@ class StageConfig:
         if self.batch_size % self.micro_batch_size:
             sizes = f"batch_size={self.batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}"
             raise ValueError(f"{sizes}: make it one")
+        shared = f"conversations_per_context={self.conversations_per_context}"
+        if self.conversations_per_context > 1 and self.name != "1qa":
+            raise ValueError(f"{shared}: only in the stage 1qa has a context several conversations; set it to 1")
+        if self.conversations_per_context > self.micro_batch_size:
+            raise ValueError(f"{shared} cannot share a pass: make micro_batch_size={self.micro_batch_size} at least as much")
 
 
 @dataclass(frozen=True, config=_STRICT)

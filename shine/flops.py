@@ -74,8 +74,9 @@ def _weights(modules: Iterable[nn.Module]) -> int:
 
 def _attention(backbone: Backbone) -> int:
     """Multiplied with the square of the length: a forward pass takes two of it."""
-    width = sum(shape.out_features for shape in backbone.linear_shapes[0] if shape.path.endswith("q_proj")) or backbone.hidden_size
-    return len(backbone.linear_shapes) * width
+    config = backbone.model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return len(backbone.linear_shapes) * config.num_attention_heads * head
 
 
 def _vocabulary(backbone: Backbone) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from test_samples import SENTENCES, TOKENIZER, example, pretrain, stage
 from shine.data.batching import SampleStream, collate, pad_left
 from shine.data.samples import AnswerSamples, Sample, StageSamples
 from shine.data.tally import Tally
+from shine.lora import LoRA
 
 
 def named(count: int, *, unusable: Sequence[int] = ()) -> AnswerSamples:
@@ -103,7 +105,7 @@ class Watched:
     fingerprint = ""
 
     def __init__(self, *, broken: int | None = None) -> None:
-        self.lengths, self.tally, self.broken = np.full(64, 9), Tally(), broken
+        self.lengths, self.examples, self.tally, self.broken = np.full(64, 9), np.arange(64), Tally(), broken
         self.made: queue.Queue[tuple[int, str]] = queue.Queue()
 
     def __len__(self) -> int:
@@ -150,8 +152,8 @@ class Lengths:
 
     fingerprint = ""
 
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self.lengths = np.array(lengths)
+    def __init__(self, lengths: Sequence[int], *, of_each: int = 1) -> None:
+        self.lengths, self.examples = np.array(lengths), np.arange(len(lengths)) // of_each
         self.tally = Tally()
 
     def __len__(self) -> int:
@@ -166,16 +168,44 @@ class Lengths:
     batch_size=st.integers(1, 7),
     window=st.integers(0, 4),
     steps=st.integers(0, 12),
+    together=st.integers(1, 4),
 )
 def test_batches_by_length_are_still_permutations_and_continue_exactly(
-    lengths: list[int], batch_size: int, window: int, steps: int
+    lengths: list[int], batch_size: int, window: int, steps: int, together: int
 ) -> None:
-    stream = SampleStream(Lengths(lengths), batch_size, seed=5, window=window)
+    samples = Lengths(lengths, of_each=3)
+    stream = SampleStream(samples, batch_size, seed=5, window=window, together=together)
     found = ids_of([next(stream) for _ in range(steps)])
     for start in range(0, len(found) - len(lengths) + 1, len(lengths)):
         assert sorted(found[start : start + len(lengths)], key=int) == [str(n) for n in range(len(lengths))]
-    later = SampleStream(Lengths(lengths), batch_size, seed=5, window=window, epoch=stream.epoch, offset=stream.offset)
+    state = {"epoch": stream.epoch, "offset": stream.offset}
+    later = SampleStream(samples, batch_size, seed=5, window=window, together=together, **state)
     assert [next(later) for _ in range(4)] == [next(stream) for _ in range(4)]
+
+
+@given(of_each=st.integers(1, 5), together=st.integers(2, 6), seed=st.integers(0, 9), window=st.sampled_from([0, 4]))
+def test_samples_of_one_example_stand_together(of_each: int, together: int, seed: int, window: int) -> None:
+    """In as few places as their number allows, here where one window holds an epoch."""
+    examples = 8
+    samples = Lengths([7 * n % 40 + 1 for n in range(examples * of_each)], of_each=of_each)
+    stream = SampleStream(samples, len(samples), seed=seed, window=window, together=together)
+    order = [int(sample.id) // of_each for sample in next(stream)]
+    runs = [len(list(run)) for _, run in itertools.groupby(order)]
+    places = -(-of_each // together)
+    # Two parts of one example may happen to stand beside each other.
+    assert len(runs) <= examples * places
+    assert len(runs) == examples or places > 1
+    if of_each > 1:
+        alone = SampleStream(samples, len(samples), seed=seed, window=window)
+        assert len(runs) < len(list(itertools.groupby(int(sample.id) // of_each for sample in next(alone))))
+
+
+def test_questions_know_their_context() -> None:
+    """Over the chunks in which examples are tokenised, and past questions that are too long."""
+    turns = [("q", "a"), ("q" * 300, "a"), ("qq", "a")]
+    samples = AnswerSamples.build([example(str(n), "c", *turns) for n in range(300)], TOKENIZER, stage("1qa", conversation=100))
+    assert samples.examples.tolist() == [n for n in range(300) for _ in "ab"]
+    assert samples.sample(599, epoch=0).id == "299/2"
 
 
 def test_batches_by_length_hold_what_is_equally_long() -> None:
@@ -227,6 +257,22 @@ def test_a_batch_knows_where_its_labels_are() -> None:
     assert batch.tokens == 4 + 6
     assert batch.input_ids.flatten()[batch.label_positions].tolist() == batch.label_ids.tolist()
     assert batch.to(torch.device("cpu")).input_ids.tolist() == batch.input_ids.tolist()
+
+
+def test_a_context_that_samples_share_is_there_once() -> None:
+    contexts = [[11, 12], [13], [11, 12], [13], [11, 12]]
+    batch = collate([Sample(str(n), context, [n, 7], [-100, 7]) for n, context in enumerate(contexts)], pad_id=0)
+    assert batch.context_ids.tolist() == [[11, 12], [0, 13]]
+    assert batch.context_mask is not None
+    assert batch.context_of is not None
+    assert batch.context_of.tolist() == [0, 1, 0, 1, 0]
+    assert batch.input_ids[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert batch.tokens == 2 * 5 + 8, "useful is what each sample has, whoever shares it"
+    adapters = LoRA({"a": (torch.tensor([1.0, 2.0]).view(2, 1, 1), torch.ones(2, 1, 1))})
+    assert batch.worn(adapters)["a"][0].flatten().tolist() == [1.0, 2.0, 1.0, 2.0, 1.0]
+    alone = collate([Sample("a", [11], [1, 7], [-100, 7]), Sample("b", [12], [2, 7], [-100, 7])], pad_id=0)
+    assert alone.context_of is None
+    assert alone.worn(adapters) is adapters
 
 
 def test_a_batch_can_be_padded_to_a_multiple() -> None:

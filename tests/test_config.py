@@ -186,6 +186,17 @@ def test_a_value_that_is_no_choice_gets_the_choices(path: str, value: str, choic
     assert repr(value) in line
 
 
+@pytest.mark.parametrize(("stage", "micro_batch_size", "remedy"), [("mqa", 8, "set it to 1"), ("1qa", 2, "at least as much")])
+def test_conversations_share_a_context_where_they_can(stage: str, micro_batch_size: int, remedy: str) -> None:
+    values = changed(changed(TRAIN, "stage.name", stage), "stage.conversations_per_context", 4)
+    values = changed(changed(values, "stage.batch_size", 8), "stage.micro_batch_size", micro_batch_size)
+    (line,) = refusal(TrainConfig, values)
+    assert "conversations_per_context=4" in line
+    assert remedy in line
+    right = changed(changed(values, "stage.name", "1qa"), "stage.micro_batch_size", 4)
+    assert parse(TrainConfig, right).stage.conversations_per_context == 4
+
+
 def test_a_batch_must_be_a_multiple_of_the_micro_batch() -> None:
     values = changed(changed(TRAIN, "stage.batch_size", 6), "stage.micro_batch_size", 4)
     (line,) = refusal(TrainConfig, values)

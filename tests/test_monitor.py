@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import sys
@@ -21,7 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from shine.backbone import Backbone
 from shine.data.batching import collate
 from shine.data.build import samples_of
+from shine.data.examples import Example
 from shine.data.sources import read_source
+from shine.flops import training_flops
 from shine.hypernetwork import Hypernetwork
 from shine.training import loop, monitor, needs
 from shine.training.loop import train
@@ -61,6 +64,28 @@ def test_the_arithmetic_is_what_torch_counts(checkpointing: bool, make_backbone:
     assert found.tokens_per_step == sample.tokens
     assert found.trained == sum(parameter.numel() for parameter in hypernetwork.parameters())
     assert found.weights == found.frozen * 4 + found.trained * 16
+
+
+def test_a_context_that_is_shared_is_read_once(make_backbone: Callable[..., Backbone], tmp_path: Path) -> None:
+    """Two to four questions of each of three contexts, in passes of up to two."""
+    backbone = make_backbone()
+    hypernetwork = Hypernetwork(tiny_hypernetwork_config(), backbone)
+    examples = [replace(one, turns=(one.turns * 4)[: 2 + n]) for n, one in enumerate(itertools.islice(read_source(WORLDS), 3))]
+
+    def flops(shared: int) -> float:
+        stage = stage_config("1qa", batch_size=shared, micro_batch_size=shared, conversations_per_context=shared)
+        config = train_config("x", tmp_path, stage=stage)
+        samples = samples_of(examples, tiny_tokenizer(), stage, task_tokens=config.backbone.task_tokens, seed=0)
+        assert len(samples) == 2 + 3 + 4
+        return needs.estimate(config, backbone, hypernetwork, samples, steps=1, ranks=1).flops_per_step / shared
+
+    def encoding(example: Example) -> float:
+        read = len(tiny_tokenizer()(example.context, add_special_tokens=False)["input_ids"])
+        return training_flops(backbone, hypernetwork, read=read, answered=0, labels=0)
+
+    mean = sum(encoding(one) * n for n, one in zip((2, 3, 4), examples, strict=True)) / 9
+    # One, two and two passes for two, three and four questions.
+    assert flops(1) - flops(2) == pytest.approx(mean * (1 - 5 / 9), rel=1e-6)
 
 
 def test_hours_follow_from_rate_and_ranks() -> None:

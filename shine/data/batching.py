@@ -12,18 +12,20 @@ from torch import Tensor
 
 from shine.chat import IGNORE
 from shine.data.samples import Sample, StageSamples
+from shine.lora import LoRA
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples side by side, left-padded to the longest of the batch.
+    """Samples side by side, left-padded to the longest of the batch. A context that several samples share is there once.
 
     Attributes:
         ids: the samples' names.
-        context_ids: ``[B, T_context]``.
-        context_mask: ``[B, T_context]``, or ``None`` when nothing is padded.
+        context_ids: ``[C, T_context]``, ``C <= B``.
+        context_mask: ``[C, T_context]``, or ``None`` when nothing is padded.
+        context_of: ``[B]``, which context each sample has, or ``None`` when each has its own.
         input_ids: ``[B, T]``, the conversations.
         input_mask: ``[B, T]``, or ``None`` when nothing is padded.
         label_positions: ``[N]``, where the labels are in the flattened ``[B * T]`` conversations.
@@ -34,6 +36,7 @@ class Batch:
     ids: tuple[str, ...]
     context_ids: Tensor
     context_mask: Tensor | None
+    context_of: Tensor | None
     input_ids: Tensor
     input_mask: Tensor | None
     label_positions: Tensor
@@ -44,6 +47,10 @@ class Batch:
         """The batch on another device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+    def worn(self, adapters: LoRA) -> LoRA:
+        """The adapter of each sample, where ``adapters`` are those of the contexts."""
+        return adapters if self.context_of is None else adapters.select(self.context_of)
 
 
 def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
@@ -62,7 +69,9 @@ def pad_left(rows: Sequence[Sequence[int]], *, value: int, multiple: int = 1) ->
 
 def collate(samples: Sequence[Sample], *, pad_id: int, multiple: int = 1) -> Batch:
     """Samples to one batch, both lengths padded to a multiple of ``multiple``: fewer different shapes, where these cost."""
-    context_ids, context_mask = pad_left([sample.context_ids for sample in samples], value=pad_id, multiple=multiple)
+    contexts: dict[tuple[int, ...], int] = {}
+    context_of = [contexts.setdefault(tuple(sample.context_ids), len(contexts)) for sample in samples]
+    context_ids, context_mask = pad_left(list(contexts), value=pad_id, multiple=multiple)
     input_ids, input_mask = pad_left([sample.input_ids for sample in samples], value=pad_id, multiple=multiple)
     labels = pad_left([sample.labels for sample in samples], value=IGNORE, multiple=multiple)[0].flatten()
     positions = (labels != IGNORE).nonzero().squeeze(1)
@@ -70,6 +79,7 @@ def collate(samples: Sequence[Sample], *, pad_id: int, multiple: int = 1) -> Bat
         ids=tuple(sample.id for sample in samples),
         context_ids=context_ids,
         context_mask=context_mask,
+        context_of=torch.tensor(context_of) if len(contexts) < len(samples) else None,
         input_ids=input_ids,
         input_mask=input_mask,
         label_positions=positions,
@@ -95,6 +105,7 @@ class SampleStream:
 
     Attributes:
         window: so many batches at a time are put together by length; zero leaves each epoch's order random.
+        together: up to so many samples of one example stand side by side, so that they can share its context.
         ahead: make the next batch in a thread while this one is used. State and tally are those of the batches handed out.
     """
 
@@ -102,6 +113,7 @@ class SampleStream:
     batch_size: int
     seed: int
     window: int = 0
+    together: int = 1
     epoch: int = 0
     offset: int = 0
     ahead: bool = False
@@ -145,16 +157,39 @@ class SampleStream:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         count = len(self.samples)
         order = torch.randperm(count, generator=generator)
+        heads = order
+        if self.together > 1:
+            order, heads = _side_by_side(order, torch.as_tensor(self.samples.examples), most=self.together)
         if not self.window:
             return order
         # The first samples of an epoch complete the batch that the epoch before has begun.
-        head = -epoch * count % self.batch_size
-        lengths = torch.as_tensor(self.samples.lengths)
-        pieces = [order[:head]]
-        for window in order[head:].split(self.window * self.batch_size):
-            batches = window[lengths[window].argsort(stable=True)].split(self.batch_size)
+        begun = -epoch * count % self.batch_size
+        # Samples that stand side by side go by the length of their first, and so stay there.
+        lengths = torch.as_tensor(self.samples.lengths)[heads]
+        pieces = [order[:begun]]
+        for places in torch.arange(count)[begun:].split(self.window * self.batch_size):
+            batches = order[places[lengths[places].argsort(stable=True)]].split(self.batch_size)
             # A batch that is not full stays last, so that the others stay whole.
             whole = len(batches) - (len(batches[-1]) < self.batch_size)
             places = torch.randperm(whole, generator=generator).tolist()
             pieces += [*(batches[place] for place in places), *batches[whole:]]
         return torch.cat(pieces)
+
+
+def _side_by_side(order: Tensor, examples: Tensor, *, most: int) -> tuple[Tensor, Tensor]:
+    """``order`` ``[N]`` of samples, in which up to ``most`` samples of one example follow the first of them.
+
+    Args:
+        examples: ``[N]``, the example that each sample is of.
+
+    Returns:
+        The new order, and at each place the first of the samples that stand together there.
+    """
+    by_example = examples[order].argsort(stable=True)
+    grouped = examples[order][by_example]
+    begins = torch.searchsorted(grouped, grouped)
+    nth = torch.arange(len(order)) - begins
+    place = torch.empty_like(order)
+    place[by_example] = by_example[begins + nth - nth % most]
+    sorted_places, arranged = place.sort(stable=True)
+    return order[arranged], order[sorted_places]

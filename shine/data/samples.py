@@ -55,11 +55,13 @@ class StageSamples(Protocol):
     Attributes:
         tally: what was skipped on the way here; who learns from a sample counts what was cut from it there.
         lengths: ``[N]``, tokens of each sample (of a group, about).
+        examples: ``[N]``, equal numbers where samples have their context in common.
         fingerprint: a hash of the texts behind the samples and of their order, wherever they were read from.
     """
 
     tally: Tally
     lengths: np.ndarray
+    examples: np.ndarray
     fingerprint: str
 
     def __len__(self) -> int: ...
@@ -89,6 +91,7 @@ class AnswerSamples:
 
     SCHEMA: Mapping[str, pa.DataType] = {
         "id": pa.string(),
+        "example": pa.int32(),
         "context_ids": pa.list_(pa.int32()),
         "input_ids": pa.list_(pa.int32()),
         "labels": pa.list_(pa.int32()),
@@ -100,6 +103,7 @@ class AnswerSamples:
         self.table, self.tally, self.fingerprint = table, tally, fingerprint
         context, conversation = (pc.list_value_length(table.column(name)).to_numpy() for name in ("context_ids", "input_ids"))
         self.lengths = context + conversation
+        self.examples = table.column("example").to_numpy()
 
     @classmethod
     def build(
@@ -128,6 +132,7 @@ class AnswerSamples:
 def _answer_rows(
     examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, stage: StageConfig, tally: Tally, digest: Digest
 ) -> Iterator[dict[str, Any]]:
+    read = 0
     for chunk in in_chunks(answerable(examples, tally), AT_ONCE):
         contexts = tokenizer([example.context for example in chunk], add_special_tokens=False, verbose=False)["input_ids"]
         asked = []
@@ -146,12 +151,14 @@ def _answer_rows(
             kept = contexts[number][: stage.context_length]
             yield {
                 "id": name,
+                "example": read + number,
                 "context_ids": kept,
                 "input_ids": conversation.input_ids,
                 "labels": conversation.labels,
                 "context_dropped": len(contexts[number]) - len(kept),
                 "conversation_dropped": conversation.dropped,
             }
+        read += len(chunk)
 
 
 def _messages(turns: Iterable[Turn]) -> list[Message]:
@@ -190,6 +197,7 @@ class PretrainSamples:
         self.tokenizer, self.task_tokens, self.seed, self.tasks = tokenizer, task_tokens, seed, tuple(tasks)
         self.separator = separator_id(tokenizer)
         self.lengths = 2 * groups.totals
+        self.examples = np.arange(len(groups.totals))
 
     @classmethod
     def build(

@@ -36,6 +36,7 @@ from shine.evaluation.results import PREDICTIONS_FILE, SUMMARY_FILE, Key, Result
 from shine.evaluation.tables import answer_table, recall_table, show, way_table
 from shine.files import file_written_beside
 from shine.fingerprint import fingerprint
+from shine.host_memory import keep_freed_memory
 from shine.loading import load_backbone
 from shine.lora import LoRA
 from shine.training.distributed import Ranks, join_ranks
@@ -117,6 +118,7 @@ def with_checkpoint(config: EvaluationConfig, *, say: Callable[[str], None]) -> 
 def load_methods(config: EvaluationConfig) -> list[Method]:
     """The methods of an evaluation (see `with_checkpoint`), sharing one backbone."""
     backbone, tokenizer = load_backbone(config.backbone, targets=config.hypernetwork.targets)
+    keep_freed_memory(backbone.device)
     speaker = Speaker(backbone, tokenizer, config.prompts, config.backbone.baseline_prefix)
     return [method for name in config.methods for method in _methods(name, config, speaker)]
 

@@ -25,6 +25,7 @@ from shine.data.tally import Tally
 from shine.downloads import revision_of
 from shine.files import written_beside
 from shine.fingerprint import fingerprint
+from shine.host_memory import keep_freed_memory
 from shine.hub import hub_id
 from shine.loading import find_device, load_backbone, variant_name
 from shine.pretrained import without_progress_bars
@@ -102,6 +103,7 @@ def _prepare(config: TrainConfig, ranks: Ranks, *, start: Start, request: StopRe
         # What is too large for one device is loaded into host memory and goes to the devices in parts.
         place = "cpu" if config.backbone.shard and ranks.size > 1 else config.backbone.device
         backbone, tokenizer = load_backbone(replace(config.backbone, device=place), targets=shape.targets)
+    keep_freed_memory(find_device(config.backbone.device))
     return _Run(config, backbone, tokenizer, ranks, start=start, request=request, record=record, owner=owner)
 
 
@@ -156,7 +158,14 @@ class _Run:
         if config.engine == "fsdp" and ranks.size > 1:
             shard(self.hypernetwork, ranks)
         self.optimizer = build_optimizer(self.hypernetwork, stage)
-        self.stream = SampleStream(samples, stage.batch_size, config.seed, window=stage.length_window, ahead=True)
+        self.stream = SampleStream(
+            samples,
+            stage.batch_size,
+            config.seed,
+            window=stage.length_window,
+            together=stage.conversations_per_context,
+            ahead=True,
+        )
         self.fingerprint = samples.fingerprint
         self.total = stage.steps if stage.steps is not None else max(math.ceil(stage.epochs * len(samples) / stage.batch_size), 1)
         self.guard = Guard(stage)

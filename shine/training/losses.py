@@ -29,12 +29,12 @@ def label_losses(
     Args:
         targets: what a teacher expects at the labels, of which the loss takes its share.
     """
-    lora = hypernetwork(backbone, batch.context_ids, batch.context_mask, dtype=backbone.dtype)
-    return losses_under(lora, backbone, batch, targets)
+    adapters = hypernetwork(backbone, batch.context_ids, batch.context_mask, dtype=backbone.dtype)
+    return losses_under(batch.worn(adapters), backbone, batch, targets)
 
 
 def losses_under(lora: LoRA, backbone: Backbone, batch: Batch, targets: Targets | None = None) -> tuple[Tensor, Tensor]:
-    """`label_losses` where the adapters are there already."""
+    """`label_losses` where the adapter of each sample is there already."""
     hidden = backbone.label_hidden(batch.input_ids, batch.input_mask, label_positions=batch.label_positions, lora=lora)
     chunks = backbone.label_chunks(hidden)
     if torch.is_grad_enabled() and hidden.requires_grad:

@@ -6,6 +6,7 @@ import os
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -105,7 +106,9 @@ def estimate(
     memory = hypernetwork.memory_tokens.shape[0]
     per_sample = _activation_bytes(backbone, hypernetwork, tokens=widest + memory)
     head = _head_bytes(backbone, labels=max(s.label_count for s in seen) * stage.micro_batch_size)
-    flops = sum(_flops(sample, backbone, hypernetwork, taught=stage.distillation is not None) for sample in seen) / len(seen)
+    contexts = _contexts_per_sample(samples, stage.conversations_per_context)
+    taught = stage.distillation is not None
+    flops = sum(_flops(sample, backbone, hypernetwork, contexts=contexts, taught=taught) for sample in seen) / len(seen)
     return Needs(
         trained=trained,
         frozen=frozen,
@@ -150,10 +153,19 @@ def _look_at(samples: StageSamples, most: int) -> list[Sample]:
     return [samples.sample(index, epoch=0) for index in range(0, len(samples), every)[:most]]
 
 
-def _flops(sample: Sample, backbone: Backbone, hypernetwork: Hypernetwork, *, taught: bool) -> float:
+def _contexts_per_sample(samples: StageSamples, shared: int) -> float:
+    """How many contexts are read for a sample, where up to ``shared`` of them have one pass."""
+    if shared == 1:
+        return 1.0
+    _, counts = np.unique(samples.examples, return_counts=True)
+    return float(np.ceil(counts / shared).sum() / counts.sum())
+
+
+def _flops(sample: Sample, backbone: Backbone, hypernetwork: Hypernetwork, *, contexts: float, taught: bool) -> float:
     """Of a training step on this sample, with the pass of a teacher that sees its context."""
-    labels = sample.label_count
-    flops = training_flops(backbone, hypernetwork, read=len(sample.context_ids), answered=len(sample.input_ids), labels=labels)
+    labels, read = sample.label_count, len(sample.context_ids)
+    flops = training_flops(backbone, hypernetwork, read=read, answered=len(sample.input_ids), labels=labels)
+    flops -= (1 - contexts) * training_flops(backbone, hypernetwork, read=read, answered=0, labels=0)
     return flops + (forward_flops(backbone, tokens=sample.tokens, predicted=labels) if taught else 0.0)
 
 

@@ -44,7 +44,7 @@ FREE = (
 else stands for them, as the fingerprint of the samples does for where they lie."""
 
 
-EARLIER = {"stage.optimizer": "adamw"}
+EARLIER = {"stage.optimizer": "adamw", "stage.conversations_per_context": 1}
 """What runs did that were recorded before there was a choice."""
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from shine.config import TrainConfig
 from shine.data.batching import SampleStream
 from shine.data.build import build_samples
+from shine.host_memory import keep_freed_memory
 from shine.loading import load_backbone
 from shine.lora import LoRA
 from shine.training.distributed import Ranks
@@ -46,6 +47,7 @@ def train_reader(config: TrainConfig, *, rank: int, alpha: float, say: Callable[
     """
     stage = config.stage
     backbone, tokenizer = load_backbone(config.backbone, targets=config.hypernetwork.targets)
+    keep_freed_memory(backbone.device)
     reader = Reader(backbone, rank=rank, alpha=alpha, seed=config.seed)
     samples = build_samples(
         config.data.train, "data.train", tokenizer, stage, task_tokens=config.backbone.task_tokens, seed=config.seed, say=say

@@ -88,7 +88,7 @@ class Validation:
             said = self.backbone.generate(
                 batch.input_ids,
                 torch.ones_like(batch.input_ids) if batch.input_mask is None else batch.input_mask,
-                lora=hypernetwork(self.backbone, batch.context_ids, batch.context_mask, dtype=self.backbone.dtype),
+                lora=batch.worn(hypernetwork(self.backbone, batch.context_ids, batch.context_mask, dtype=self.backbone.dtype)),
                 max_new_tokens=min(max(map(len, gold)), 64),
                 stop_ids=stop_ids(self.tokenizer),
                 pad_id=self.pad_id,
