@@ -159,7 +159,7 @@ class SampleStream:
         order = torch.randperm(count, generator=generator)
         heads = order
         if self.together > 1:
-            order, heads = _side_by_side(order, torch.as_tensor(self.samples.examples), most=self.together)
+            order, heads = _side_by_side(order, torch.tensor(self.samples.examples), most=self.together)
         if not self.window:
             return order
         # The first samples of an epoch complete the batch that the epoch before has begun.
