@@ -15,7 +15,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from machine import Ratio, alternate, peak_memory, ratio_with_spread, show_limits, show_profile, tf32
+from machine import FORWARD_FORMULA, Ratio, alternate, peak_memory, ratio_with_spread, show_limits, show_profile, tf32
 from recipe import FARTHEST, recipe_lora
 from subject import MODELS, Subject, load, tokens
 
@@ -44,7 +44,7 @@ def main() -> None:
             show_profile(encoder(subject, length), subject.device)
         return
     rates = show_limits(subject.backbone, rows=args.lengths)
-    print(f"\n{args.model}, {subject.hypernetwork.memory_tokens.shape[0]} memory tokens")
+    print(f"\n{args.model}, {subject.hypernetwork.memory_tokens.shape[0]} memory tokens; arithmetic: {FORWARD_FORMULA}")
     head = f"{'context':>8} {'encoding':>10} {'a token':>10} {'plain pass':>11} {'times as long':>28}"
     print(f"{head} {'arithmetic':>11} {'of it':>6} {'of the rate':>12} {'peak':>10}")
     a_token: list[float] = []

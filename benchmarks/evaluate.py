@@ -6,9 +6,10 @@
 The contexts are different ones of like length, as an evaluation puts them together. All ways encode the contexts, wear their
 adapters and answer greedily through what ``test.py`` runs. Ours encodes a context once for all its questions, in bfloat16,
 without padding; the recipe in float32, padded to the maximum (``stage.context_length``, 1,150 tokens), anew for each question. The
-hypernetwork is a random one: what it knows does not change how long it takes. Useful tokens are those of the contexts, each once,
-of the questions and of the answers. That both ways do the same is looked at twice: at their adapters, and at the loss of one way's
-answers under both.
+hypernetwork is a random one: what it knows does not change how long it takes. No answer ends before it has ``--new`` tokens: ways
+that round otherwise would stop apart, and be timed over different work. Useful tokens are those of the contexts, each once, of the
+questions and of the answers. That both ways do the same is looked at twice: at their adapters, and at the loss of one way's answers
+under both.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import replace
 from statistics import median
 
 import torch
-from machine import alternate, configured, peak_memory, ratio_with_spread, show_limits, show_profile
+from machine import FORWARD_FORMULA, alternate, configured, peak_memory, ratio_with_spread, show_limits, show_profile
 from recipe import FARTHEST, RecipeShine
 from subject import MODELS, QWEN3, Subject, load
 from torch.nn import functional as F
@@ -50,6 +51,8 @@ class Way:
 
     def __init__(self, method: Method, examples: Sequence[Example], config: EvaluationConfig, *, size: int) -> None:
         self.method, self.config = method, replace(config, batch_size=max(size, 1))
+        # What `test.py` runs has no option for it.
+        method.speaker.backbone.model.generation_config.min_new_tokens = config.max_new_tokens
         alone = [replace(example, turns=(turn,)) for example in examples for turn in example.turns]
         self.groups = (
             [[example] for example in alone] if size == 0 else [examples[n : n + size] for n in range(0, len(examples), size)]
@@ -95,7 +98,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", metavar="FOLDER", help="for a Qwen3 shape, which has none (default: SmolLM2's)")
     parser.add_argument("--contexts", type=int, default=4, help="side by side (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=2, help="at most, of each context (default: %(default)s)")
-    parser.add_argument("--new", type=int, default=16, help="tokens of an answer, at most (default: %(default)s)")
+    parser.add_argument("--new", type=int, default=16, help="tokens of every answer (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="timed ones (default: %(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--without-recipe", action="store_true", help="leave the published way out")
@@ -170,7 +173,10 @@ def show(subject: Subject, ways: dict[str, Way], seconds: dict[str, list[float]]
     together, *others = ways
     ours = ways[together]
     useful, flops, questions = work(subject, ours)
-    print(f"\n{subject.name}: {questions} questions, {useful:,} useful tokens, {flops / 1e12:.2f} TFLOP")
+    print(
+        f"\n{subject.name}: {questions} questions, {ours.config.max_new_tokens} new tokens each, {useful:,} useful tokens, "
+        f"{flops / 1e12:.2f} TFLOP ({FORWARD_FORMULA})"
+    )
     for name, way in ways.items():
         clocks = way.clocks[-len(seconds[name]) :]
         encode, answer = (median(getattr(clock, part) for clock in clocks) for part in ("encode", "answer"))
@@ -200,14 +206,12 @@ def show(subject: Subject, ways: dict[str, Way], seconds: dict[str, list[float]]
 def work(subject: Subject, way: Way) -> tuple[int, float, int]:
     """Useful tokens and arithmetic of a way that encodes each context once, and how many questions it answered."""
     tokenizer, rank = way.method.speaker.tokenizer, subject.hypernetwork.layout.rank
-    useful, flops, answers = 0, 0.0, iter(way.answers)
+    useful, flops, new = 0, 0.0, way.config.max_new_tokens
     for example in (example for group in way.groups for example in group):
         read = len(token_ids(tokenizer, example.context))
         useful, flops = useful + read, flops + encoding_flops(subject.backbone, subject.hypernetwork, read=read)
         for number, turn in enumerate(example.turns):
             prompt = len(way.method.prompt(Asked(0, turn.question, turn=number)))
-            # The end of the answer is written too.
-            new = len(token_ids(tokenizer, next(answers))) + 1
             useful, flops = useful + prompt + new, flops + answering_flops(subject.backbone, prompt=prompt, new=new, rank=rank)
     return useful, flops, len(way.answers)
 

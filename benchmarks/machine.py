@@ -16,6 +16,7 @@ Run by itself it prints the limits of this machine at the shapes of a model: ``p
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import resource
 import statistics
@@ -45,6 +46,8 @@ from shine.pretrained import without_progress_bars
 T = TypeVar("T")
 COPIED = 1 << 28
 """Bytes of the tensor that `copy_bandwidth` copies, far more than a cache holds."""
+FORWARD_FORMULA = "2N a token for linears, attention below the diagonal"
+"""How `shine.flops` counts where nothing is trained, for the line that prints a share of it."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,8 @@ def gemm_rate(
 
     operations = sum(2 * m * k * n for m, k, n in shapes)
     with torch.inference_mode():
-        return operations / _best(products, device, seconds)
+        run = _captured(products, device) if torch.device(device).type == "cuda" else products
+        return operations / _best(run, device, seconds)
 
 
 def copy_bandwidth(device: torch.device | str, *, seconds: float = 1.0) -> float:
@@ -224,6 +228,27 @@ def _time(run: Callable[[], object], device: torch.device | str) -> float:
     run()
     synchronize(device)
     return time.perf_counter() - started
+
+
+def _captured(run: Callable[[], object], device: torch.device | str) -> Callable[[], object]:
+    """``run`` as a CUDA graph: the host takes longer to hand over a product of few rows than a GPU to compute it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        side = _side_stream(torch.cuda.current_device())
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph, stream=side):
+            run()
+    return graph.replay
+
+
+@functools.cache
+def _side_stream(index: int) -> torch.cuda.Stream:
+    """One for all graphs of a GPU: cuBLAS keeps a workspace for every stream, which later peaks would count."""
+    return torch.cuda.Stream(index)
 
 
 def _best(run: Callable[[], object], device: torch.device | str, seconds: float) -> float:

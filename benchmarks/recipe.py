@@ -21,7 +21,7 @@ from shine.backbone import Backbone
 from shine.chat import IGNORE, token_ids
 from shine.data.batching import pad_left
 from shine.data.samples import Sample
-from shine.evaluation.methods import Shine, Speaker
+from shine.evaluation.methods import Asked, Shine, Speaker
 from shine.flops import training_flops
 from shine.hypernetwork import Hypernetwork
 from shine.lora import LoRA
@@ -98,6 +98,10 @@ class RecipeShine(Shine):
         context = token_ids(self.speaker.tokenizer, example.context)
         with tf32():
             return recipe_lora(self.hypernetwork, self.speaker.backbone, context, context_length=self.context_length)
+
+    def answer_ids(self, asked: Sequence[Asked], *, max_new_tokens: int, batch_size: int) -> list[list[int]]:
+        with tf32():
+            return super().answer_ids(asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 
 def recipe_flops(backbone: Backbone, hypernetwork: Hypernetwork, *, context_length: int, conversation_length: int) -> float:

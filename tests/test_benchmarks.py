@@ -6,7 +6,7 @@ import copy
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ import operators
 import pytest
 import torch
 from conftest import tiny_hypernetwork_config, tiny_model
-from generate import compare, conversation
+from generate import FARTHEST, FARTHEST_IN_FLOAT32, MERGED, answering, compare, conversation, effects_apart
 from recipe import RecipeShine, recipe_lora, recipe_loss
-from subject import load, tokens
+from subject import Subject, load, tokens
 from train_step import MQA_LENGTHS, lengths_of, padding
 
 from shine.backbone import Backbone
@@ -149,7 +149,9 @@ def test_a_measured_batch_is_padded_as_little_as_one_of_training() -> None:
     for batch in (2, 4):
         rows = lengths_of("mqa", batch)
         assert len(set(rows)) == batch
-        samples = [Sample(id="", context_ids=[1] * c, input_ids=[1] * q, labels=[1] * q) for c, q, _ in rows]
+        samples = [
+            Sample(id="", context_ids=[number] * c, input_ids=[1] * q, labels=[1] * q) for number, (c, q, _) in enumerate(rows)
+        ]
         assert padding(samples) < 0.08
 
 
@@ -185,6 +187,7 @@ def test_the_subject_is_what_training_loads() -> None:
 
 def test_encoding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     said = run("encode", ["--lengths", "32", "64"], monkeypatch, capsys)
+    assert "arithmetic: 2N a token for linears, attention below the diagonal" in said
     assert re.search(r"^ +64 +[\d.]+ s", said, flags=re.M)
     assert re.search(r"a token of 64 takes [\d.]+ times as long as one of 32", said)
     against = re.findall(
@@ -199,30 +202,96 @@ def test_encodings_and_answers_that_differ_are_told(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("encode.recipe_lora", lambda *given, **more: recipe_lora(*given, **more).scale(4.0))
     with pytest.raises(SystemExit, match="do not compute the same"):
         run("encode", ["--lengths", "32"], monkeypatch, capsys)
-    subject = load("cpu-world", device="cpu")
+    subject, lora = of_cpu_world(2)
     with torch.no_grad():
         subject.precise.model.get_input_embeddings().weight.mul_(-1)
-        lora = subject.hypernetwork(subject.backbone, tokens(2, 40, subject.backbone), None)
     with pytest.raises(SystemExit, match="do not compute the same"):
         compare(subject, lora, tokens(2, 5, subject.backbone), prompt=8)
 
 
 def test_answering(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     said = run("generate", ["--batch", "2", "--context", "40", "--new", "2", "--prompt", "8", "--turns", "3"], monkeypatch, capsys)
-    assert said.count("answers/s") == 6
+    assert said.count("answers/s") == 7
     losses = re.search(r"losses of what the recipe wrote ([\d.]+) and ([\d.]+)", said)
     assert losses is not None
     assert float(losses[1]) == pytest.approx(float(losses[2]), rel=0.03)
     assert re.search(r"against the recipe: [\d.]+ \(.*\) times as fast", said)
-    assert re.search(r"share of the bfloat16 matrix rate at 2 rows, side by side: \d+%", said)
+    apart = re.search(r"what an adapter does side by side and alone: ([\d.]+)% apart, in float32 ([\d.]+)%", said)
+    assert apart is not None
+    assert float(apart[1]) < 20
+    assert float(apart[2]) < 0.1
+    share = (
+        r"share of the bfloat16 matrix rate at 2 rows, side by side: \d+% of [\d.]+ TFLOP \(2N a token for linears, attention below"
+    )
+    assert re.search(share, said)
+    assert re.search(
+        r"merging one adapter, against wearing it: [\d.]+ \(.*\) times as fast one by one, [\d.]+ \(.*\) side by", said
+    )
     assert re.search(r"a conversation of 3 turns: [\d.]+ s with what earlier turns computed kept, [\d.]+ s without", said)
+
+
+def of_cpu_world(contexts: int) -> tuple[Subject, LoRA]:
+    """The CPU world, and the adapters of random contexts, in float32."""
+    subject = load("cpu-world", device="cpu")
+    with torch.inference_mode():
+        return subject, subject.hypernetwork(subject.backbone, tokens(contexts, 40, subject.backbone), None)
+
+
+def exchanged(lora: LoRA) -> LoRA:
+    return lora.select([1, 0, *range(2, lora.batch)])
+
+
+def one_stronger(lora: LoRA) -> LoRA:
+    return LoRA.stack([lora.select([0]).scale(1.1), lora.select(range(1, lora.batch))])
+
+
+@pytest.mark.parametrize("wrong", [exchanged, one_stronger])
+def test_a_wrong_adapter_among_those_side_by_side_is_told(wrong: Callable[[LoRA], LoRA], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of what was written is as like as before."""
+    subject, lora = of_cpu_world(3)
+    written = tokens(3, 5, subject.backbone)
+    compare(subject, lora, written, prompt=8)
+    hidden = Backbone.hidden
+
+    def changed(self: Backbone, *args: Any, lora: LoRA | None) -> torch.Tensor:
+        several = lora is not None and lora.batch > 1
+        return hidden(self, *args, lora=wrong(lora) if several else lora)
+
+    monkeypatch.setattr(Backbone, "hidden", changed)
+    with pytest.raises(SystemExit, match="do not compute the same"):
+        compare(subject, lora, written, prompt=8)
+    rounded, exact = effects_apart(subject, lora, tokens(3, 13, subject.backbone))
+    assert exact > FARTHEST_IN_FLOAT32
+    # A tenth more than there should be is within what bfloat16 is allowed.
+    assert (rounded > FARTHEST) == (wrong is exchanged)
+
+
+def test_a_merged_adapter_is_compared_with_the_same_one_worn_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the precision of the backbone, as the product wears it; and in a conversation too."""
+    subject, lora = of_cpu_world(3)
+    worn: list[tuple[int, torch.dtype] | None] = []
+    generate = Backbone.generate
+
+    def watched(self: Backbone, *args: Any, lora: LoRA | None, **options: Any) -> torch.Tensor:
+        worn.append(None if lora is None else (lora.batch, next(iter(lora.values()))[0].dtype))
+        return generate(self, *args, lora=lora, **options)
+
+    monkeypatch.setattr(Backbone, "generate", watched)
+    ways = answering(subject, lora, prompt=8, new=2, recipe=False)
+    found = {}
+    for name in (name for pair in MERGED.items() for name in pair):
+        assert ways[name]().shape == (3, 2)
+        found[name], worn[:] = list(worn), []
+    one = (1, torch.bfloat16)
+    assert list(found.values()) == [[one] * 3, [None] * 3, [one], [None]]
+    for talk in conversation(subject, lora.select([0]), turns=2, prompt=8, new=2).values():
+        talk()
+    assert worn == [one] * 4
 
 
 def test_both_conversations_say_the_same() -> None:
     """What is kept of the prompt changes the time alone."""
-    subject = load("cpu-world", device="cpu")
-    with torch.inference_mode():
-        lora = subject.hypernetwork(subject.backbone, tokens(1, 40, subject.backbone), None)
+    subject, lora = of_cpu_world(1)
     talks = conversation(subject, lora, turns=3, prompt=8, new=4)
     kept, anew = (talks[name]() for name in ("kept", "anew"))
     assert kept.shape == (1, 3 * (8 + 4))
@@ -230,20 +299,34 @@ def test_both_conversations_say_the_same() -> None:
 
 
 def test_an_evaluation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The recipe encodes a context for each of its questions, ours once for all, and both say the same."""
+    """The recipe encodes a context for each of its questions, ours once for all, and both say the same: as many tokens each, the
+    recipe's in TF32, where a GPU has it."""
     encoded: list[str] = []
-    prepare = Method.prepare
+    written: list[tuple[torch.dtype, bool, torch.Size]] = []
+    prepare, generate = Method.prepare, Backbone.generate
 
     def counted(self: Method, examples: Sequence[Example]) -> None:
         encoded.extend([self.name] * len(examples))
         prepare(self, examples)
 
+    def watched(self: Backbone, *args: Any, **options: Any) -> torch.Tensor:
+        found = generate(self, *args, **options)
+        written.append((self.dtype, torch.backends.cuda.matmul.allow_tf32, found.shape))
+        return found
+
     monkeypatch.setattr(Method, "prepare", counted)
-    words = ["--contexts", "3", "--questions", "2", "--new", "4", "sets=worlds", "stage.context_length=64"]
+    monkeypatch.setattr(Backbone, "generate", watched)
+    words = ["--contexts", "3", "--questions", "2", "--new", "12", "sets=worlds", "stage.context_length=64"]
     said = run("evaluate", words, monkeypatch, capsys)
     # Each way once for its peak, once timed; ours (side by side) and the recipe's once more for the loss and the first of each
     # for its adapter.
     assert (encoded.count("shine"), encoded.count("recipe")) == (3 * 2 * 2 + 3 + 3, 6 * 2 + 6 + 1)
+    # Each way once for its peak, once timed.
+    assert {found[:2] for found in written} == {(torch.bfloat16, False), (torch.float32, True)}
+    assert {found[2][1] for found in written} == {12}
+    assert sum(found[2][0] for found in written) == 3 * 2 * 6
+    assert "6 questions, 12 new tokens each" in said
+    assert "TFLOP (2N a token for linears, attention below the diagonal)" in said
     rates = re.findall(r"^  (3 side by side|one by one|recipe) +[\d.]+ s .* ([\d,]+) useful tokens/s", said, flags=re.M)
     assert [name for name, _ in rates] == ["3 side by side", "one by one", "recipe"]
     losses = re.search(r"losses of the recipe's answers ([\d.]+) and ([\d.]+)", said)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import counted_flops
+from conftest import ARCHITECTURES, counted_flops, tiny_model
 from peft import LoraConfig, get_peft_model
 from recipe import recipe_flops, recipe_loss
 
@@ -21,15 +21,22 @@ from shine.training.losses import label_losses
 READ, ANSWERED, LABELS = 40, 30, 20
 
 
+@pytest.fixture(params=[8, 16], ids=["heads as wide as the model", "heads twice as wide"])
+def backbone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, make_backbone: Callable[..., Backbone]) -> Backbone:
+    """Qwen3-0.6B is of the second kind."""
+    monkeypatch.setitem(ARCHITECTURES, "qwen3", (*ARCHITECTURES["qwen3"][:2], {"head_dim": request.param}))
+    return make_backbone()
+
+
 @pytest.fixture
-def pair(make_backbone: Callable[..., Backbone]) -> tuple[Backbone, Hypernetwork]:
-    backbone = make_backbone()
+def pair(backbone: Backbone) -> tuple[Backbone, Hypernetwork]:
     return backbone, Hypernetwork(HypernetworkConfig(rank=2, meta_rank=4, m2p=M2PConfig(layers=2)), backbone)
 
 
 def other_side(backbone: Backbone, *lengths: int) -> int:
     """Scores and mixtures above the diagonal: computed within a block of queries, not in the formula. A forward pass."""
-    width, layers = backbone.hidden_size, len(backbone.linear_shapes)
+    config, layers = backbone.model.config, len(backbone.linear_shapes)
+    width = config.num_attention_heads * config.head_dim
     return sum(2 * width * layers * length**2 for length in lengths)
 
 
@@ -71,9 +78,9 @@ def test_the_recipes_step(pair: tuple[Backbone, Hypernetwork]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_a_fine_tuning_step(make_backbone: Callable[..., Backbone]) -> None:
+def test_a_fine_tuning_step(backbone: Backbone) -> None:
     """Of the real PEFT, context and conversation one sequence."""
-    backbone, rank = make_backbone(), 4
+    rank = 4
     # Before PEFT puts linears of its own into the model.
     formula = fine_tuning_flops(backbone, tokens=READ, predicted=READ, rank=rank)
     targets = [shape.path.rsplit(".", 1)[-1] for shape in backbone.linear_shapes[0]]
@@ -110,3 +117,9 @@ def test_an_answer(pair: tuple[Backbone, Hypernetwork], rank: int) -> None:
     # PyTorch's count does not know the fused attention of the tokens that are written.
     decoding = other_side(backbone, prompt + new - 1) - other_side(backbone, prompt)
     assert found == answering_flops(backbone, prompt=prompt, new=new, rank=rank) + other_side(backbone, prompt) - decoding
+
+
+@pytest.mark.parametrize("targets", [("o_proj",), ("up_proj", "down_proj")], ids="+".join)
+def test_attention_does_not_depend_on_what_a_lora_touches(backbone: Backbone, targets: tuple[str, ...]) -> None:
+    whole = forward_flops(backbone, tokens=READ, predicted=0)
+    assert forward_flops(Backbone(tiny_model(), targets=targets), tokens=READ, predicted=0) == whole
