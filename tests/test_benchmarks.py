@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from shine.data.batching import collate
 from shine.data.examples import Example, Turn
 from shine.data.samples import Sample
 from shine.evaluation.methods import Method
+from shine.flops import training_flops
 from shine.hypernetwork import Hypernetwork
 from shine.loading import load_backbone
 from shine.lora import LoRA
@@ -83,6 +85,21 @@ def test_training_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert losses is not None
     assert float(losses[1]) == pytest.approx(float(losses[2]), rel=0.02)
     assert "arithmetic alone allows" in said
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_questions_that_share_a_context_are_one_reading_of_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script itself compares loss and gradients with the recipe's, which reads a context for each question."""
+    subject, (lengths,) = load("cpu-world", device="cpu"), lengths_of("1qa", 1)
+    read, answered, labels = lengths
+    flops = partial(training_flops, subject.backbone, subject.hypernetwork, read=read)
+    for questions in (1, 3):
+        said = run("train_step", ["--rows", "1qa", "--questions", str(questions), "--without", "peft"], monkeypatch, capsys)
+        expected = questions * flops(answered=answered, labels=labels) - (questions - 1) * flops(answered=0, labels=0)
+        assert f"{questions} sample(s), {questions * (read + answered):,} useful tokens, 0.0% padding, " in said
+        assert f", {expected / 1e12:.2f} TFLOP" in said
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

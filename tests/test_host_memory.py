@@ -37,8 +37,8 @@ def test_memory_that_was_freed_is_taken_again_without_asking_the_kernel() -> Non
         return [int(number) for number in done.stdout.split()]
 
     given_back, kept = count("leave"), count("keep")
-    # Pages of 2 MB where the kernel takes large ones by itself. Aligned blocks do not fit into holes of just their size, so that now
-    # and then one is new all the same.
+    # Pages of 2 MB where the kernel takes large ones by itself. Aligned blocks do not fit into holes of just their size, so that
+    # now and then one is new all the same.
     assert min(given_back) >= 40
     assert sum(kept) < sum(given_back) / 4
 
