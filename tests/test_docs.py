@@ -87,21 +87,28 @@ def test_the_table_is_what_its_program_computes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "number", "printed"),
+    ("page", "number", "printed", "saved"),
     [
-        ("README.md", 1, ""),
-        ("docs/adapters.md", 1, "Selkirk"),
-        ("docs/adapters.md", 2, "[('notes', 2, None), ('people', 1, None)]\n4\n"),
+        ("README.md", 1, "", 1),
+        ("docs/adapters.md", 1, "Selkirk", 1),
+        ("docs/adapters.md", 2, "[('notes', 2, None), ('people', 1, None)]\n4\n", 1),
+        ("docs/adapters.md", 3, "Selkirk", 0),
     ],
 )
 def test_the_python_of_the_pages_runs(
-    page: str, number: int, printed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str,
+    number: int,
+    printed: str,
+    saved: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     code = (ROOT / page).read_text().split("```python\n")[number].split("```", 1)[0]
     monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {})
     assert capsys.readouterr().out.startswith(printed)
-    assert len(list((tmp_path / "adapters").iterdir())) == 1
+    assert len(list(tmp_path.glob("adapters/*"))) == saved
 
 
 def test_sums_are_scored_by_their_program() -> None:
