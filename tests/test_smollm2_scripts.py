@@ -37,7 +37,7 @@ def commands(script: str, *arguments: str | Path, recorder: Path, **variables: s
     """What a script ran."""
     log = recorder.parent / "log"
     log.unlink(missing_ok=True)
-    for folder in ("squad", "race", "wikitext/wikitext-2-v1"):
+    for folder in ("squad", "race", "transmla_pretrain_6B_tokens", "wikitext/wikitext-2-v1"):
         (recorder.parent / "data" / folder).mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHON": str(recorder), "SHINE_DATA": str(recorder.parent / "data"), **variables}
     subprocess.run(["sh", FOLDER / script, *arguments], check=True, env=environment, capture_output=True)
@@ -45,41 +45,51 @@ def commands(script: str, *arguments: str | Path, recorder: Path, **variables: s
 
 
 def test_training_goes_on_from_what_is_shipped(tmp_path: Path, recorder: Path) -> None:
-    """Two stages, each from the one before; given again, nothing is left to do."""
+    """The longest texts, then questions, each from what was before; given again, nothing is left to do."""
     out = tmp_path / "out"
     found = commands("train.sh", out, "smollm2-135m", "stage.steps=7", recorder=recorder)
-    assert [command[0] for command in found] == ["train.py", "train.py"]
+    assert [command[0] for command in found] == ["train.py"] * 3
     assert [command[2:5] for command in found] == [
-        ["stage=mqa", "checkpoint=smollm2-135m", f"output={out}/mqa"],
+        ["stage=pretrain", "checkpoint=smollm2-135m", f"output={out}/pretrain-168"],
+        ["stage=mqa", f"checkpoint={out}/pretrain-168", f"output={out}/mqa"],
         ["stage=1qa", f"checkpoint={out}/mqa", f"output={out}/1qa"],
     ]
     for command in found:
-        assert command[-2:] == ["resume=auto", "stage.steps=7"]
+        assert "resume=auto" in command
+        assert command[-1] == "stage.steps=7"
         assert composed(TrainConfig, "train", command[1:]).stage.steps == 7
     assert commands("train.sh", out, "smollm2-135m", recorder=recorder) == []
 
 
 def test_training_from_nothing_makes_the_reader_too(tmp_path: Path, recorder: Path) -> None:
     out = tmp_path / "out"
-    found = commands("train.sh", out, "nothing", recorder=recorder)
-    assert [command[2] for command in found[:3]] == ["stage=pretrain", "stage=mqa", "stage=1qa"]
-    assert found[0][3] == "checkpoint=null"
-    assert found[3][:4] == ["-m", "shine.cli.main", "tune-reader", f"{out}/reader"]
-    for command in found[:3]:
-        assert composed(TrainConfig, "train", command[1:]).backbone.path == "smollm2-135m"
-    assert composed(TrainConfig, "train", [f"output={out}/reader", *found[3][4:]]).stage.name == "mqa"
+    *stages, reader = commands("train.sh", out, "nothing", recorder=recorder)
+    assert [command[2] for command in stages] == ["stage=pretrain"] * 3 + ["stage=mqa", "stage=1qa"]
+    assert stages[0][3] == "checkpoint=null"
+    assert [command[3] for command in stages[1:]] == [command[4].replace("output=", "checkpoint=") for command in stages[:-1]]
+    assert reader[:4] == ["-m", "shine.cli.main", "tune-reader", f"{out}/reader"]
+    configs = [composed(TrainConfig, "train", command[1:]) for command in stages]
+    assert {config.backbone.path for config in configs} == {"smollm2-135m"}
+    lengths = [(config.stage.context_length, config.stage.conversation_length) for config in configs[:3]]
+    assert lengths == [(48, 72), (96, 120), (168, 192)]
+    assert composed(TrainConfig, "train", [f"output={out}/reader", *reader[4:]]).stage.name == "mqa"
 
 
 def test_the_recipe_for_a_gpu_is_chosen_by_name(tmp_path: Path, recorder: Path) -> None:
     found = commands("train.sh", tmp_path / "out", "nothing", recorder=recorder, EXPERIMENT="smollm2_gpu")
-    configs = [composed(TrainConfig, "train", command[1:]) for command in found[:3]]
+    configs = [composed(TrainConfig, "train", command[1:]) for command in found[:-1]]
     assert {config.hypernetwork.rank for config in configs} == {8}
-    assert [config.stage.batch_size for config in configs] == [64, 128, 128]
+    assert [(config.stage.context_length, config.stage.batch_size) for config in configs] == [
+        (64, 64),
+        (256, 64),
+        (256, 128),
+        (256, 128),
+    ]
     # What a recitation asks is what pretraining asks; of RACE's passages the column that holds them is read.
-    train = configs[1].data.train
-    assert train["recitations"].options["ask"] == configs[1].backbone.task_tokens.reconstruct
+    train = configs[2].data.train
+    assert train["recitations"].options["ask"] == configs[2].backbone.task_tokens.reconstruct
     assert (train["gaps_race"].path, train["gaps_race"].options["column"]) == (train["race"].path, "article")
-    assert "experiment=smollm2_gpu" in found[3]
+    assert "experiment=smollm2_gpu" in found[-1]
 
 
 def test_scoring_asks_all_four_methods_and_looks_for_side_effects(tmp_path: Path, recorder: Path) -> None:

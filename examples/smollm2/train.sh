@@ -4,12 +4,13 @@
 #
 # usage: sh examples/smollm2/train.sh [folder [checkpoint [KEY=VALUE...]]]
 #   folder      where the stages are written: outputs/smollm2
-#   checkpoint  what they start from: smollm2-135m, the shipped one; nothing trains the three stages and the reader from nothing
+#   checkpoint  what they start from: smollm2-135m, the shipped one, with the longest texts; nothing trains all stages from
+#               nothing, short texts first (what longer ones gain by that: docs/training_log.md, section 7), and the reader
 #   KEY=VALUE   for every stage, as for train.py: stage.steps=3000 backbone.device=cuda
 #
 # EXPERIMENT=smollm2_gpu sh examples/smollm2/train.sh … takes the larger recipe, for a GPU of 80 GB.
 #
-# Reads data/squad, data/race and, from nothing, data/transmla_pretrain_6B_tokens ($SHINE_DATA instead of data; with .venv active):
+# Reads data/squad, data/race and data/transmla_pretrain_6B_tokens ($SHINE_DATA instead of data; with .venv active):
 #   sh scripts/download_data.sh squad race transmla
 set -eu
 cd "$(dirname "$0")/../.."
@@ -20,25 +21,41 @@ start=${2:-smollm2-135m}
 python=${PYTHON:-.venv/bin/python}
 experiment=${EXPERIMENT:-smollm2}
 
-stages="mqa 1qa"
+# Tokens of the texts to give back, and steps.
+texts="48:250 96:80 168:80"
+[ "$experiment" = smollm2 ] || texts="64:1000 256:400"
+from_nothing=
 if [ "$start" = nothing ]; then
-    stages="pretrain mqa 1qa"
+    from_nothing=yes
     start=null
+else
+    texts=${texts##* }
 fi
 data=${SHINE_DATA:-data}
-for folder in squad race; do
+for folder in squad race transmla_pretrain_6B_tokens; do
     if [ ! -d "$data/$folder" ]; then
-        echo "error: there is no $data/$folder: sh scripts/download_data.sh $folder, or set SHINE_DATA" >&2
+        echo "error: there is no $data/$folder: sh scripts/download_data.sh ${folder%%_*}, or set SHINE_DATA" >&2
         exit 2
     fi
 done
-for stage in $stages; do
-    if [ ! -e "$out/$stage/final" ]; then
-        "$python" train.py "experiment=$experiment" "stage=$stage" "checkpoint=$start" "output=$out/$stage" resume=auto "$@"
+
+train() {  # train NAME STAGE [KEY=VALUE...]: into a folder of that name, from what was trained last
+    name=$1 stage=$2
+    shift 2
+    if [ ! -e "$out/$name/final" ]; then
+        "$python" train.py "experiment=$experiment" "stage=$stage" "checkpoint=$start" "output=$out/$name" resume=auto "$@"
     fi
-    start=$out/$stage
+    start=$out/$name
+}
+
+for text in $texts; do
+    length=${text%:*}
+    train "pretrain-$length" pretrain "stage.context_length=$length" "stage.conversation_length=$((length + 24))" \
+        "stage.steps=${text#*:}" "$@"
 done
-if [ "$stages" = "pretrain mqa 1qa" ] && [ ! -e "$out/reader" ]; then
+train mqa mqa "$@"
+train 1qa 1qa "$@"
+if [ "$from_nothing" ] && [ ! -e "$out/reader" ]; then
     "$python" -m shine.cli.main tune-reader "$out/reader" "experiment=$experiment" stage=mqa stage.steps=150 "$@"
 fi
 reader=shine/assets/smollm2-135m/reader
