@@ -73,7 +73,7 @@ def write_scores(folder: Path, place: Path, *, shine: float, worlds: float, perp
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """The folder of a model with two runs behind it."""
+    """The folder of a model with three runs behind it, of which the last was not watched."""
     config = tiny_hypernetwork_config()
     weights = Hypernetwork(config, Backbone(tiny_model())).state_dict()
     info = CheckpointInfo(BackboneConfig(path="x"), config, ("pretrain", "mqa"), context_length=40)
@@ -83,7 +83,8 @@ def place(tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
         rows: list[dict[str, float]] = [{"step": step, "loss": 4 - step / 100} for step in range(10, 100, 10)]
         watched = {"validation/squad/loss": 3.0, "validation/adapter_gap": 0.5, "validation/adapter_cosine": 0.7}
-        rows += [{"step": step, **watched, "validation/squad/loss": 3 - step / 100} for step in (30, 60, 90)]
+        if run != "03-mqa":
+            rows += [{"step": step, **watched, "validation/squad/loss": 3 - step / 100} for step in (30, 60, 90)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         recipe = {"name": stage, "batch_size": 8, "context_length": 48, "conversation_length": 72, "learning_rate": 1e-3}
         data = {"squad": {"limit": None, "options": {}}, "worlds": {"limit": None, "options": {"count": 3000}}}
@@ -105,7 +106,7 @@ def test_the_card_says_what_was_measured(module: ModuleType, place: Path, tmp_pa
     assert "| SHINE | 70.0 [70.0, 70.0] | 70.0 [70.0, 70.0] | 0 |" in page
     assert "| SHINE | 2.7 [2.7, 2.7] | 2.7 [2.7, 2.7] | 2.7 [2.7, 2.7] |" in page
     assert "| mqa | squad, worlds (3,000) | 90 x 8 | 48 / 72 | AdamW 0.001 | 2.40, 2.10 (squad) | 0.50 | 0.70 |" in page
-    assert "| mqa 2 | squad, worlds (3,000) | 90 x 8 |" in page
+    assert "| mqa 2 | squad, worlds (3,000) | 90 x 8 | 48 / 72 | AdamW 0.001 | not watched |  |  |" in page
     assert "40 steps of 8 contexts of the stage mqa at 0.001" in " ".join(page.split())
     assert "its loss is 3.00 over the first ten steps, 2.00 half way, 1.00 over the last ten" in " ".join(page.split())
     assert "| SQuAD, unseen articles | 0.500 | 1.50 |" in page

@@ -254,11 +254,11 @@ def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
             at, values = read_metrics(run, name)
             half_way = min(zip(at, values, strict=True), key=lambda point: (abs(point[0] - steps / 2), -point[0]))[1]
             ends.append(f"{half_way:.2f}, {values[-1]:.2f} ({name.split('/')[1]})")
-        gap, cosine = (read_metrics(run, f"validation/adapter_{name}")[1][-1] for name in ("gap", "cosine"))
+        gap, cosine = (_last(read_metrics(run, f"validation/adapter_{name}")[1]) for name in ("gap", "cosine"))
         lengths = f"{recipe['context_length']} / {recipe['conversation_length']}"
         rate = f"{OPTIMIZERS[recipe.get('optimizer', 'adamw')]} {recipe['learning_rate']:g}"
-        cells = [sources, f"{steps:,} x {recipe['batch_size']}", lengths, rate, "; ".join(ends)]
-        yield f"| {stage} | {' | '.join(cells)} | {gap:.2f} | {cosine:.2f} |"
+        cells = [sources, f"{steps:,} x {recipe['batch_size']}", lengths, rate, "; ".join(ends) or "not watched", gap, cosine]
+        yield f"| {stage} | {' | '.join(cells)} |"
     yield ""
     yield from _paragraph(
         "Losses in nats a label token; the gap is how much worse a label is foretold under another context's adapter, zero "
@@ -283,6 +283,10 @@ def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
     yield from _paragraph(
         "Never learned from: WikiText-2, the ten SQuAD articles that `configs/source/squad_unseen.yaml` names, worlds of seed 3000."
     )
+
+
+def _last(values: Sequence[float]) -> str:
+    return f"{values[-1]:.2f}" if values else ""
 
 
 def _limits(results: Results) -> Iterator[str]:
