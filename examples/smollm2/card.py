@@ -34,7 +34,7 @@ from shine.zoo import ASSETS
 PLACE = ASSETS / "smollm2-135m"
 Runs = Sequence[tuple[str, Path]]
 """What was kept of each training run, oldest first: its stage, numbered where one comes twice, and its folder."""
-COLORS = (*STAGE_COLORS, "#66a182", "#6d597a", "#b07156")
+COLORS = dict(zip(("pretrain", "mqa", "1qa"), STAGE_COLORS, strict=True))
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 CURVES, CARD, SCORES = "curves.png", "README.md", "scores.json"
 SET_TITLES = {"squad": "SQuAD, unseen articles", "worlds": "invented worlds, unseen"}
@@ -133,16 +133,17 @@ def curves(folder: Path, runs: Runs) -> None:
     figure, grid = plt.subplots(2, 2, figsize=(10, 6.4), constrained_layout=True)
     for axes, (kind, title, name) in zip(grid.flat, PANELS, strict=True):
         done = 0
-        for (stage, run), color in zip(runs, COLORS * len(runs), strict=False):
+        for numbered, run in runs:
+            stage = numbered.split()[0]
             for metric in [name] if kind != "validation" else _validation_losses(run):
                 steps, values = read_metrics(run, metric)
-                _draw(axes, [done + step for step in steps], values, color=color, label=stage, noisy=kind == "loss")
+                _draw(axes, [done + step for step in steps], values, color=COLORS[stage], label=stage, noisy=kind == "loss")
             done += read_metrics(run, "loss")[0][-1]
         axes.set(title=title, xlabel="optimizer step", xlim=(0, None))
         axes.title.set_fontsize(10)
         axes.spines[["top", "right"]].set_visible(False)
     handles = {label: handle for handle, label in zip(*grid[0, 0].get_legend_handles_labels(), strict=True)}
-    grid[0, 0].legend(handles.values(), handles.keys(), frameon=False)
+    figure.legend(handles.values(), handles.keys(), frameon=False, loc="outside lower center", ncols=len(handles))
     figure.savefig(folder / CURVES, dpi=110)
     plt.close(figure)
 
