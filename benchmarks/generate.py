@@ -82,8 +82,9 @@ def main() -> None:
         f"share of the bfloat16 matrix rate at {args.batch} rows, side by side: {share:.0%} of {flops / 1e12:.2f} TFLOP "
         f"({FORWARD_FORMULA})"
     )
-    merging = [ratio_with_spread(seconds[worn], seconds[merged]) for worn, merged in MERGED.items()]
-    print(f"merging one adapter, against wearing it: {merging[0]} times as fast one by one, {merging[1]} side by side")
+    for worn, merged in MERGED.items():
+        if {worn, merged} <= seconds.keys():
+            print(f"{merged}, against wearing it: {ratio_with_spread(seconds[worn], seconds[merged])} times as fast")
     if RECIPE in ways:
         print(f"against the recipe: {ratio_with_spread(seconds[RECIPE], seconds['side by side'])} times as fast")
         compare(subject, lora, said[RECIPE], prompt=args.prompt)

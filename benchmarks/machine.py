@@ -16,6 +16,7 @@ Run by itself it prints the limits of this machine at the shapes of a model: ``p
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import gc
 import resource
@@ -131,6 +132,7 @@ def peak_memory(run: Callable[[], object], device: torch.device | str) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device)
+    release(device)
     held = Path("/proc/self/statm")
     if not held.exists():
         return 0
@@ -161,10 +163,12 @@ def show_profile(run: Callable[[], object], device: torch.device) -> None:
 
 
 def release(device: torch.device | str) -> None:
-    """Give back what nobody holds any more; a backbone and its hooks hold each other."""
+    """Give back what nobody holds any more; a backbone and its hooks hold each other, and a process keeps what it has freed."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
+    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def first_runs(

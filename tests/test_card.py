@@ -105,7 +105,7 @@ def test_the_card_says_what_was_measured(module: ModuleType, place: Path, tmp_pa
     assert "| *way, percent* | none to go | 75.0 [75.0, 75.0] | |" in page
     assert "| SHINE | 70.0 [70.0, 70.0] | 70.0 [70.0, 70.0] | 0 |" in page
     assert "| SHINE | 2.7 [2.7, 2.7] | 2.7 [2.7, 2.7] | 2.7 [2.7, 2.7] |" in page
-    assert "| mqa | squad, worlds (3,000) | 90 x 8 | 48 / 72 | AdamW 0.001 | 2.40, 2.10 (squad) | 0.50 | 0.70 |" in page
+    assert "| mqa | squad, worlds (3,000) | 90 x 8 | 48 / 72 | AdamW 0.001 | 2.40 at 60, 2.10 (squad) | 0.50 | 0.70 |" in page
     assert "| mqa 2 | squad, worlds (3,000) | 90 x 8 | 48 / 72 | AdamW 0.001 | not watched |  |  |" in page
     assert "40 steps of 8 contexts of the stage mqa at 0.001" in " ".join(page.split())
     assert "its loss is 3.00 over the first ten steps, 2.00 half way, 1.00 over the last ten" in " ".join(page.split())

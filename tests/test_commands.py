@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,9 @@ def test_a_shell_sees_the_first_line_alone() -> None:
 def test_a_command_that_waits_for_a_text_ends_when_it_is_told(number: signal.Signals, code: int, tmp_path: Path) -> None:
     command = [*SHINE, "encode", "-", "--model", "cpu-world", "-o", str(tmp_path / "out")]
     # It begins to read once it is up, and says nothing of that: what it has taken of a pipe is seen instead.
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+    # Shells let what they start in the background ignore SIGINT, the tests among it.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, preexec_fn=heard) as process:
         assert process.stdin is not None
         # More than a pipe holds, so that this returns only when the command reads.
         process.stdin.write(b"a" * 100_000)

@@ -72,6 +72,7 @@ def test_training_from_nothing_makes_the_reader_too(tmp_path: Path, recorder: Pa
     assert {config.backbone.path for config in configs} == {"smollm2-135m"}
     lengths = [(config.stage.context_length, config.stage.conversation_length) for config in configs[:3]]
     assert lengths == [(48, 72), (96, 120), (168, 192)]
+    assert [(config.stage.steps, config.stage.learning_rate) for config in configs[:3]] == [(250, 3e-3), (80, 2.5e-3), (80, 2e-3)]
     assert composed(TrainConfig, "train", [f"output={out}/reader", *reader[4:]]).stage.name == "mqa"
 
 

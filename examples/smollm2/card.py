@@ -210,7 +210,7 @@ def _scores(results: Results) -> Iterator[str]:
     yield from _paragraph(
         f"Percent, with 95 % intervals (bootstrap over contexts). Single questions, greedy, at most "
         f"{results.answers['config']['max_new_tokens']} new tokens. *In-Context, tuned* is the same backbone with one ordinary "
-        "LoRA (`reader/`) trained on the same data to read the context in its prompt: the ceiling. *Way* is "
+        "LoRA (`reader/`) trained to read the context in its prompt, on the mixture of the first mqa: the ceiling. *Way* is "
         "(SHINE − Only Question) / (ceiling − Only Question)."
     )
     for source, title in SET_TITLES.items():
@@ -245,7 +245,7 @@ def _answers(results: Results, source: str, title: str) -> Iterator[str]:
 def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
     yield from ["", "## Training", "", f"![Losses, gap and cosine over the steps]({CURVES})", ""]
     columns = ["stage", "learned from", "steps x contexts", "tokens, context / conversation", "optimizer, learning rate"]
-    yield f"| {' | '.join(columns)} | loss on unseen contexts, half way and at the end | gap | cosine |"
+    yield f"| {' | '.join(columns)} | loss on unseen contexts, about half way and at the end | gap | cosine |"
     yield "|---|---|---:|---:|---|---|---:|---:|"
     for stage, run in runs:
         recipe, steps = read_recipe(run)["stage"], read_metrics(run, "loss")[0][-1]
@@ -253,8 +253,9 @@ def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
         ends = []
         for name in _validation_losses(run):
             at, values = read_metrics(run, name)
-            half_way = min(zip(at, values, strict=True), key=lambda point: (abs(point[0] - steps / 2), -point[0]))[1]
-            ends.append(f"{half_way:.2f}, {values[-1]:.2f} ({name.split('/')[1]})")
+            before = min(zip(at, values, strict=True), key=lambda point: (abs(point[0] - steps / 2), -point[0]))
+            half_way = f"{before[1]:.2f} at {before[0]}, " if before[0] < at[-1] else ""
+            ends.append(f"{half_way}{values[-1]:.2f} ({name.split('/')[1]})")
         gap, cosine = (_last(read_metrics(run, f"validation/adapter_{name}")[1]) for name in ("gap", "cosine"))
         lengths = f"{recipe['context_length']} / {recipe['conversation_length']}"
         rate = f"{OPTIMIZERS[recipe.get('optimizer', 'adamw')]} {recipe['learning_rate']:g}"

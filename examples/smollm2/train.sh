@@ -21,9 +21,9 @@ start=${2:-smollm2-135m}
 python=${PYTHON:-.venv/bin/python}
 experiment=${EXPERIMENT:-smollm2}
 
-# Tokens of the texts to give back, and steps.
-texts="48:250 96:80 168:80"
-[ "$experiment" = smollm2 ] || texts="64:1000 256:400"
+# Tokens of the texts to give back, steps, learning rate.
+texts="48:250:3e-3 96:80:2.5e-3 168:80:2e-3"
+[ "$experiment" = smollm2 ] || texts="64:1000:1.5e-3 256:400:1.5e-3"
 from_nothing=
 if [ "$start" = nothing ]; then
     from_nothing=yes
@@ -49,9 +49,9 @@ train() {  # train NAME STAGE [KEY=VALUE...]: into a folder of that name, from w
 }
 
 for text in $texts; do
-    length=${text%:*}
+    length=${text%%:*} steps=${text#*:}
     train "pretrain-$length" pretrain "stage.context_length=$length" "stage.conversation_length=$((length + 24))" \
-        "stage.steps=${text#*:}" "$@"
+        "stage.steps=${steps%:*}" "stage.learning_rate=${text##*:}" "$@"
 done
 train mqa mqa "$@"
 train 1qa 1qa "$@"

@@ -154,7 +154,9 @@ def _look_at(samples: StageSamples, most: int) -> list[Sample]:
 
 
 def _contexts_per_sample(samples: StageSamples, shared: int) -> float:
-    """How many contexts are read for a sample, where up to ``shared`` of them have one pass."""
+    """How many contexts are read for a sample, where up to ``shared`` of them have one pass; a few more where a micro-batch ends
+    between them.
+    """
     if shared == 1:
         return 1.0
     _, counts = np.unique(samples.examples, return_counts=True)

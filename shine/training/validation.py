@@ -45,7 +45,8 @@ class Validation:
         elif self.examples:
             sets["answers"] = AnswerSamples.build(self.examples, tokenizer, stage)
         self.tallies = {name: found.tally for name, found in sets.items()}
-        self.sets = {name: [found.sample(i, epoch=0) for i in range(min(len(found), wanted))] for name, found in sets.items()}
+        # From first to last: the questions of one article stand together in a file.
+        self.sets = {name: [found.sample(place, epoch=0) for place in _spread(len(found), wanted)] for name, found in sets.items()}
         for name, samples in self.sets.items():
             for sample in samples:
                 self.tallies[name].add(context_dropped=sample.context_dropped, conversation_dropped=sample.conversation_dropped)
@@ -123,6 +124,12 @@ class Validation:
                 start += len(group)
             means.append(float(torch.cat(parts).mean()))
         return means[0] - means[1]
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """Up to ``wanted`` of ``count`` places, evenly."""
+    chosen = min(count, wanted)
+    return [number * count // chosen for number in range(chosen)]
 
 
 def _of_different_contexts(samples: Sequence[Sample], *, most: int = 16) -> list[Sample]:
