@@ -26,6 +26,7 @@ from shine.data.examples import Example
 from shine.data.sources import read_source
 from shine.flops import training_flops
 from shine.hypernetwork import Hypernetwork
+from shine.loading import load_backbone
 from shine.training import loop, monitor, needs
 from shine.training.loop import train
 from shine.training.losses import label_losses
@@ -86,6 +87,16 @@ def test_a_context_that_is_shared_is_read_once(make_backbone: Callable[..., Back
     mean = sum(encoding(one) * n for n, one in zip((2, 3, 4), examples, strict=True)) / 9
     # One, two and two passes for two, three and four questions.
     assert flops(1) - flops(2) == pytest.approx(mean * (1 - 5 / 9), rel=1e-6)
+
+
+def test_questions_are_watched_of_all_contexts(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """Eight worlds of several questions each, of which eight questions are looked at, from nearly all."""
+    stage = stage_config("1qa", batch_size=4, evaluate_every=1, evaluation_batches=2)
+    config = train_config(tiny_backbone_folder, tmp_path, stage=stage)
+    backbone, tokenizer = load_backbone(config.backbone, targets=config.hypernetwork.targets)
+    watched = Validation(config, backbone, tokenizer).sets["answers"]
+    assert len(watched) == 8
+    assert len({tuple(sample.context_ids) for sample in watched}) >= 6
 
 
 def test_hours_follow_from_rate_and_ranks() -> None:
