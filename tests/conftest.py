@@ -207,3 +207,16 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return printed.err
 
     return call
+
+
+@pytest.fixture
+def contexts_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many contexts each pass over contexts reads, from now on."""
+    read, states = list[int](), Backbone.memory_states
+
+    def watched(self: Backbone, context_ids: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        read.append(len(context_ids))
+        return states(self, context_ids, *args, **options)
+
+    monkeypatch.setattr(Backbone, "memory_states", watched)
+    return read

@@ -71,16 +71,9 @@ def test_every_parameter_gets_a_gradient(make_backbone: Callable[..., Backbone],
 
 @pytest.mark.usefixtures("exact_norms")
 def test_questions_that_share_a_context_learn_what_each_would_alone(
-    make_backbone: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch
+    make_backbone: Callable[..., Backbone], contexts_read: list[int]
 ) -> None:
     """Six questions of three contexts in one micro-batch read three; in micro-batches of one they read six."""
-    read, states = [], Backbone.memory_states
-
-    def watched(self: Backbone, context_ids: Tensor, *args: Any, **options: Any) -> Tensor:
-        read.append(len(context_ids))
-        return states(self, context_ids, *args, **options)
-
-    monkeypatch.setattr(Backbone, "memory_states", watched)
     drawn = stage_samples("1qa", 12)
     contexts = list(dict.fromkeys(tuple(sample.context_ids) for sample in drawn))[:3]
     samples = [sample for context in contexts for sample in [s for s in drawn if tuple(s.context_ids) == context][:2]]
@@ -88,9 +81,9 @@ def test_questions_that_share_a_context_learn_what_each_would_alone(
     shared = gradients_of(
         make_backbone(dtype=torch.float64), samples, micro_batch_size=6, order=lambda some: some[::2] + some[1::2]
     )
-    assert read == [3]
+    assert contexts_read == [3]
     alone = gradients_of(make_backbone(dtype=torch.float64), samples, micro_batch_size=1)
-    assert read == [3, *[1] * 6]
+    assert contexts_read == [3, *[1] * 6]
     assert_same(shared, alone)
 
 
