@@ -17,7 +17,7 @@ from statistics import median
 import torch
 from machine import FORWARD_FORMULA, Ratio, alternate, peak_memory, ratio_with_spread, show_limits, show_profile, tf32
 from recipe import FARTHEST, recipe_lora
-from subject import MODELS, Subject, load, tokens
+from subject import DTYPES, MODELS, Subject, load, tokens
 
 from shine.flops import encoding_flops, forward_flops
 from shine.lora import LoRA
@@ -35,10 +35,11 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of ours; auto: bfloat16, or float32 where that is slow")
     parser.add_argument("--without-recipe", action="store_true", help="leave the published way out")
     parser.add_argument("--profile", action="store_true", help="print where ours spends its time, and nothing else")
     args = parser.parse_args()
-    subject = load(args.model, device=args.device)
+    subject = load(args.model, device=args.device, dtype=args.dtype)
     if args.profile:
         for length in args.lengths:
             show_profile(encoder(subject, length), subject.device)

@@ -4,12 +4,12 @@
     python benchmarks/evaluate.py --model qwen3-8b --tokenizer models/Qwen3-8B --contexts 16 sets=squad
 
 The contexts are different ones of like length, as an evaluation puts them together. All ways encode the contexts, wear their
-adapters and answer greedily through what ``test.py`` runs. Ours encodes a context once for all its questions, in bfloat16,
-without padding; the recipe in float32, padded to the maximum (``stage.context_length``, 1,150 tokens), anew for each question. The
-hypernetwork is a random one: what it knows does not change how long it takes. No answer ends before it has ``--new`` tokens: ways
-that round otherwise would stop apart, and be timed over different work. Useful tokens are those of the contexts, each once, of the
-questions and of the answers. That both ways do the same is looked at twice: at their adapters, and at the loss of one way's answers
-under both.
+adapters and answer greedily through what ``test.py`` runs. Ours encodes a context once for all its questions, in bfloat16
+(float32 where that is slow), without padding; the recipe in float32, padded to the maximum (``stage.context_length``, 1,150
+tokens), anew for each question. The hypernetwork is a random one: what it knows does not change how long it takes. No answer ends
+before it has ``--new`` tokens: ways that round otherwise would stop apart, and be timed over different work. Useful tokens are
+those of the contexts, each once, of the questions and of the answers. That both ways do the same is looked at twice: at their
+adapters, and at the loss of one way's answers under both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from statistics import median
 import torch
 from machine import FORWARD_FORMULA, alternate, configured, peak_memory, ratio_with_spread, show_limits, show_profile
 from recipe import FARTHEST, RecipeShine
-from subject import MODELS, QWEN3, Subject, load
+from subject import DTYPES, MODELS, QWEN3, Subject, load
 from torch.nn import functional as F
 
 from shine.chat import token_ids
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=16, help="tokens of every answer (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="timed ones (default: %(default)s)")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of ours; auto: bfloat16, or float32 where that is slow")
     parser.add_argument("--without-recipe", action="store_true", help="leave the published way out")
     parser.add_argument("--profile", action="store_true", help="print where ours spends its time, and nothing else")
     parser.add_argument("overrides", nargs="*", help="of the data, as for test.py: sets=squad data.test.squad.path=data/squad")
@@ -113,7 +114,7 @@ def main() -> None:
     config = configured(
         EvaluationConfig, "test", ["sets=stories", "stage.context_length=1150", *args.overrides, f"max_new_tokens={args.new}"]
     )
-    subject = load(args.model, device=args.device)
+    subject = load(args.model, device=args.device, dtype=args.dtype)
     tokenizer = load_tokenizer(resolve(args.tokenizer or ("smollm2-135m" if args.model in QWEN3 else args.model)))
     speaker = Speaker(subject.backbone, tokenizer, config.prompts)
     try:
@@ -185,7 +186,7 @@ def show(subject: Subject, ways: dict[str, Way], seconds: dict[str, list[float]]
             f"  {name:16} {spent:8.3f} s (encoding {encode:.3f}, answering {answer:.3f})  {useful / spent:7,.0f} useful tokens/s  "
             f"{questions / spent:6.2f} questions/s  peak {peaks[name] / 2**30:6.2f} GiB"
         )
-    print(f"  share of the bfloat16 matrix rate: {flops / median(seconds[together]) / rate:.0%}")
+    print(f"  share of the {subject.dtype} matrix rate: {flops / median(seconds[together]) / rate:.0%}")
     for name in others:
         parts = [
             ratio_with_spread(*([getattr(c, part) for c in way.clocks[-len(seconds[name]) :]] for way in (ways[name], ours)))

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from machine import FORWARD_FORMULA, alternate, first_runs, ratio_with_spread, show_limits, show_profile, tf32
-from subject import MODELS, Subject, load, tokens
+from subject import DTYPES, MODELS, Subject, load, tokens
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,10 +53,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8, help="of a conversation (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of ours; auto: bfloat16, or float32 where that is slow")
     parser.add_argument("--without-recipe", action="store_true", help="leave the published way out")
     parser.add_argument("--profile", action="store_true", help="print where ours spends its time, and nothing else")
     args = parser.parse_args()
-    subject = load(args.model, device=args.device)
+    subject = load(args.model, device=args.device, dtype=args.dtype)
     with torch.inference_mode():
         lora = subject.hypernetwork(subject.backbone, tokens(args.batch, args.context, subject.backbone), None)
     ways = answering(subject, lora, prompt=args.prompt, new=args.new, recipe=not args.without_recipe)
@@ -79,7 +80,7 @@ def main() -> None:
     flops = args.batch * answering_flops(subject.backbone, prompt=args.prompt, new=args.new, rank=lora.rank)
     share = flops / median(seconds["side by side"]) / rates[args.batch, subject.backbone.dtype]
     print(
-        f"share of the bfloat16 matrix rate at {args.batch} rows, side by side: {share:.0%} of {flops / 1e12:.2f} TFLOP "
+        f"share of the {subject.dtype} matrix rate at {args.batch} rows, side by side: {share:.0%} of {flops / 1e12:.2f} TFLOP "
         f"({FORWARD_FORMULA})"
     )
     for worn, merged in MERGED.items():

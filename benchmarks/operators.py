@@ -27,8 +27,8 @@ from shine import attention
 from shine.backbone import TARGETS, Backbone
 from shine.config import HypernetworkConfig
 from shine.data.batching import collate
+from shine.devices import find_device
 from shine.hypernetwork import Hypernetwork
-from shine.loading import find_device
 from shine.training.losses import label_losses
 
 VIEWS = {"alias", "as_strided", "detach", "empty", "empty_like", "expand", "lift_fresh", "permute", "select", "slice", "split"}

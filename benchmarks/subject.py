@@ -19,9 +19,9 @@ from shine.backbone import Backbone
 from shine.chat import IGNORE
 from shine.config import HypernetworkConfig, TrainConfig
 from shine.data.samples import Sample
+from shine.devices import find_device, slow_at_bfloat16
 from shine.host_memory import keep_freed_memory
 from shine.hypernetwork import Hypernetwork
-from shine.loading import find_device
 from shine.pretrained import load_model, without_progress_bars
 from shine.zoo import resolve
 
@@ -37,7 +37,7 @@ MODELS = (*WITH_WEIGHTS, *QWEN3)
 
 @dataclass(frozen=True)
 class Subject:
-    """A backbone in bfloat16, the same weights in float32 once they are asked for, and one hypernetwork for both.
+    """A backbone in the type of its device, the same weights in float32 once they are asked for, and one hypernetwork for both.
 
     Attributes:
         plain: makes the backbone's model without hooks, on the same weights.
@@ -48,6 +48,11 @@ class Subject:
     hypernetwork: Hypernetwork
     device: torch.device
     plain: Callable[[], PreTrainedModel]
+
+    @property
+    def dtype(self) -> str:
+        """In which ours computes."""
+        return str(self.backbone.dtype).removeprefix("torch.")
 
     @functools.cached_property
     def precise(self) -> Backbone:
@@ -67,18 +72,25 @@ class Subject:
         release(self.device)
 
 
-def load(name: str, *, device: str = "auto", activation_checkpointing: bool = False) -> Subject:
+DTYPES = ("auto", "bfloat16", "float32")
+
+
+def load(name: str, *, device: str = "auto", dtype: str = "auto", activation_checkpointing: bool = False) -> Subject:
     """One of `MODELS`.
 
     Args:
         device: ``auto`` takes CUDA where there is some.
+        dtype: one of `DTYPES`; ``auto`` is bfloat16, or float32 on a device that is slow at it.
     """
     place = find_device(device)
     keep_freed_memory(place)
     config = configured(TrainConfig, "train", [*WITH_WEIGHTS.get(name, (f"experiment={name}",)), "output=none"])
     attention.register()
+    if dtype == "auto":
+        dtype = "float32" if slow_at_bfloat16(place) else "bfloat16"
+    held = getattr(torch, dtype)
     with without_progress_bars():
-        model: Any = _with_weights(name) if name in WITH_WEIGHTS else _with_random_weights(name, place)
+        model: Any = _with_weights(name, held) if name in WITH_WEIGHTS else _with_random_weights(name, place, held)
     # Not to another type: the frequencies of the rotary embedding are float32 in every model.
     model = model.to(place)
     model.set_attn_implementation(attention.best_on(place))
@@ -115,16 +127,16 @@ def tokens(rows: int, length: int, backbone: Backbone) -> Tensor:
     return torch.randint(backbone.vocabulary_size, (rows, length), generator=generator).to(backbone.device)
 
 
-def _with_weights(name: str) -> PreTrainedModel:
-    model: PreTrainedModel = load_model(resolve(name), dtype=torch.bfloat16)
+def _with_weights(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    model: PreTrainedModel = load_model(resolve(name), dtype=dtype)
     return model
 
 
-def _with_random_weights(name: str, device: torch.device) -> PreTrainedModel:
+def _with_random_weights(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     config = qwen3_config(QWEN3[name])
     torch.manual_seed(0)
     with device:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model
 
 

@@ -26,7 +26,7 @@ import torch
 from machine import alternate, first_runs, ratio_with_spread, show_limits, show_profile, tf32
 from peft import LoraConfig, get_peft_model
 from recipe import recipe_flops, recipe_step
-from subject import MODELS, Subject, examples, load
+from subject import DTYPES, MODELS, Subject, examples, load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,13 +68,14 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=1, help="conversations about each context (as 1qa can have them)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of ours; auto: bfloat16, or float32 where that is slow")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in our backward pass")
     parser.add_argument("--without", nargs="+", choices=("recipe", "peft"), default=[], help="leave a comparison out")
     parser.add_argument("--profile", choices=WAYS, help="print where a step of this way spends its time, and nothing else")
     args = parser.parse_args()
     # PEFT calls what transformers deprecates.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    subject = load(args.model, device=args.device, activation_checkpointing=args.checkpointing)
+    subject = load(args.model, device=args.device, dtype=args.dtype, activation_checkpointing=args.checkpointing)
     if args.profile:
         for row in args.rows:
             lengths = lengths_of(row, args.batch)
@@ -98,7 +99,7 @@ def measure(
     without: Sequence[str],
 ) -> None:
     """One row, ``questions`` conversations about each context: seconds of each way in turns, and what they mean."""
-    rate, precise_rate = (rates[ROWS_OF_LIMIT, dtype] for dtype in (torch.bfloat16, torch.float32))
+    rate, precise_rate = (rates[ROWS_OF_LIMIT, dtype] for dtype in (subject.backbone.dtype, torch.float32))
     title, (context, conversation, _) = ROWS[row]
     samples = examples(lengths, vocabulary_size=subject.backbone.vocabulary_size, of_each=questions)
     useful = sum(sample.tokens for sample in samples)
@@ -118,7 +119,7 @@ def measure(
     for name in runs:
         spent = median(seconds[name])
         print(f"  {name:8} {spent:8.3f} s  {useful / spent:9,.0f} useful tokens/s  peak {peaks[name] / 2**30:6.2f} GiB", flush=True)
-    print(f"  share of the bfloat16 matrix rate: {flops / median(seconds['shine']) / rate:.0%}")
+    print(f"  share of the {subject.dtype} matrix rate: {flops / median(seconds['shine']) / rate:.0%}")
     if learned is not None:
         padded = len(samples) * recipe_flops(
             subject.backbone, subject.hypernetwork, context_length=context, conversation_length=conversation

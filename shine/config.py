@@ -43,7 +43,7 @@ class BackboneConfig:
 
     Attributes:
         path: a folder, a hub id, or the name of a model that `shine.zoo` knows.
-        dtype: of the frozen weights and of the passes through them.
+        dtype: of the frozen weights and of the passes through them; ``auto`` is bfloat16, or float32 where that is slow.
         device: ``auto`` takes CUDA where there is some.
         attention: transformers' ``attn_implementation``; ``auto`` is our ``blocks`` on a CPU and ``fused`` elsewhere.
         activation_checkpointing: recompute layers in the backward pass.
@@ -53,7 +53,7 @@ class BackboneConfig:
     """
 
     path: str
-    dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32", "float64"] = "auto"
     device: str = "auto"
     attention: str = "auto"
     activation_checkpointing: bool = False

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,11 +13,14 @@ from shine import attention
 from shine.backbone import Backbone
 from shine.chat import prepare_tokenizer
 from shine.config import BackboneConfig
-from shine.pretrained import first_line, load_model, load_tokenizer
+from shine.devices import find_device, room, slow_at_bfloat16
+from shine.pretrained import count_parameters, first_line, load_model, load_tokenizer
 from shine.zoo import FETCHED, SHIPPED, download_command, resolve
 
 
-def load_backbone(config: BackboneConfig, *, targets: Sequence[str]) -> tuple[Backbone, PreTrainedTokenizerBase]:
+def load_backbone(
+    config: BackboneConfig, *, targets: Sequence[str], in_host_memory: bool = False
+) -> tuple[Backbone, PreTrainedTokenizerBase]:
     """The frozen model on its device and its tokenizer, which knows the task tokens.
 
     Under ``torchrun`` each rank takes the CUDA device of its ``LOCAL_RANK``.
@@ -25,6 +28,7 @@ def load_backbone(config: BackboneConfig, *, targets: Sequence[str]) -> tuple[Ba
     Args:
         config: which model, and how it is held.
         targets: names of the linears that LoRAs touch.
+        in_host_memory: leave the weights there, as they are to be used on the device: the caller brings them.
 
     Raises:
         ValueError: the model is not there, is incomplete or corrupt, or does not fit the configuration; with the remedy.
@@ -32,13 +36,34 @@ def load_backbone(config: BackboneConfig, *, targets: Sequence[str]) -> tuple[Ba
     device = find_device(config.device)
     path = resolve(config.path)
     try:
-        model = load_model(path, dtype=getattr(torch, config.dtype), attn_implementation=_attention(config.attention, device))
+        dtype = getattr(torch, working_dtype(config))
+        model = load_model(path, dtype=dtype, attn_implementation=_attention(config.attention, device))
         tokenizer = load_tokenizer(path)
     except Exception as error:  # safetensors, tokenizers and transformers raise anything, bare Exception included
         raise ValueError(f"cannot load backbone {config.path}: {first_line(error)}; {_load_remedy(config, path)}") from error
-    backbone = Backbone(model.to(device), targets=targets, activation_checkpointing=config.activation_checkpointing)
+    model = model if in_host_memory else model.to(device)
+    backbone = Backbone(model, targets=targets, activation_checkpointing=config.activation_checkpointing)
     prepare_tokenizer(tokenizer, config.task_tokens, embedding_rows=backbone.vocabulary_size)
     return backbone, tokenizer
+
+
+def working_dtype(config: BackboneConfig) -> Literal["bfloat16", "float32", "float64"]:
+    """The type that ``backbone.dtype`` means on its device.
+
+    ``auto`` is bfloat16, but float32 on a device that multiplies bfloat16 slowly, where the weights then take no more than half
+    of its memory.
+
+    Raises:
+        ValueError: there is no such device.
+        OSError: the model that ``auto`` asks about is not there.
+    """
+    if config.dtype != "auto":
+        return config.dtype
+    device = find_device(config.device)
+    if not slow_at_bfloat16(device):
+        return "bfloat16"
+    fits = count_parameters(resolve(config.path)) * torch.float32.itemsize <= room(device, ranks=1) / 2
+    return "float32" if fits else "bfloat16"
 
 
 def _attention(name: str, device: torch.device) -> str:
@@ -75,26 +100,3 @@ def _load_remedy(config: BackboneConfig, path: str) -> str:
         folder = f"models/{path.rsplit('/', 1)[-1]}"
         remedy = f"check name and network, or `hf download {path} --local-dir {folder}` and set backbone.path={folder}"
     return remedy
-
-
-def find_device(name: str) -> torch.device:
-    """The device that ``backbone.device`` means on this rank.
-
-    Raises:
-        ValueError: there is none of that name or number.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"backbone.device={name}: set it to auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"backbone.device={name}: set it to auto, cpu, cuda or cuda:N")
-    if device.type == "cpu":
-        return device
-    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
-    count = torch.cuda.device_count()
-    if index >= count:
-        raise ValueError(f"backbone.device={name}: no CUDA device {index}, there are {count}: set it to cpu, or start fewer ranks")
-    return torch.device("cuda", index)

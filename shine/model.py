@@ -81,7 +81,8 @@ class Shine:
             backbone: a folder, hub id or known name of the backbone, where it does not lie where the checkpoint says; a whole
                 configuration for a released checkpoint, which records none.
             device: ``auto`` takes CUDA where there is some; else ``cpu``, ``cuda``, ``cuda:N``.
-            dtype: of the backbone: ``bfloat16``, ``float32`` or ``float64``; by default what it was trained in.
+            dtype: of the backbone: ``bfloat16``, ``float32`` or ``float64``; by default what it was trained in, but float32 for
+                bfloat16 on a device that is slow at it, as older CPUs are, if the weights then fit.
             hypernetwork: what a released checkpoint does not record.
             context_length: tokens read at once, instead of what it was trained for.
             allow_variant: take a backbone with other weights of the same architecture and vocabulary.
@@ -93,8 +94,7 @@ class Shine:
         info = read_info(directory)
         config = _backbone_config(str(path), info.backbone if info is not None else None, backbone)
         config = replace(config, device=device, shard=False, activation_checkpointing=False, allow_variant=allow_variant)
-        if dtype is not None:
-            config = replace(config, dtype=dtype)
+        config = replace(config, dtype=dtype or ("auto" if config.dtype == "bfloat16" else config.dtype))
         shape = info.hypernetwork if info is not None else hypernetwork or HypernetworkConfig()
         with without_progress_bars():
             held, tokenizer = load_backbone(config, targets=shape.targets)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from shine.chat import END_OF_TEXT
@@ -32,6 +33,14 @@ def load_model(path: str, **options: Any) -> Any:
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{len(missing)} of its weights are missing, {missing[0]} among them")
     return model
+
+
+def count_parameters(path: str) -> int:
+    """How many numbers the weights of a model hold, by its configuration alone."""
+    make: Any = AutoModelForCausalLM.from_config
+    with torch.device("meta"):
+        model = make(AutoConfig.from_pretrained(path))
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -55,7 +55,7 @@ def test_the_recipes_loss_and_gradients_are_ours() -> None:
 
 
 def test_fine_tuning_has_a_model_of_its_own_on_the_same_weights() -> None:
-    subject = load("cpu-world", device="cpu")
+    subject = load("cpu-world", device="cpu", dtype="bfloat16")
     before = copy.deepcopy(dict(subject.backbone.model.named_parameters()))
     ids = torch.arange(8)[None] + 10
     expected = subject.backbone.model(input_ids=ids).logits
@@ -69,7 +69,9 @@ def test_fine_tuning_has_a_model_of_its_own_on_the_same_weights() -> None:
 
 def run(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """What the script prints."""
-    monkeypatch.setattr(sys, "argv", [name, *arguments, "--model", "cpu-world", "--device", "cpu", "--rounds", "1"])
+    # Bfloat16 on every machine, also where it is slow.
+    fixed = ["--model", "cpu-world", "--device", "cpu", "--dtype", "bfloat16", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", [name, *fixed, *arguments])
     module = __import__(name)
     module.main()
     return capsys.readouterr().out
@@ -88,11 +90,23 @@ def test_training_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_step_in_float32_is_held_against_the_rate_of_float32(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the device is slow at bfloat16, and its rate that of the recipe's."""
+    monkeypatch.setattr("subject.slow_at_bfloat16", lambda device: True)
+    said = run("train_step", ["--rows", "mqa", "--batch", "2", "--dtype", "auto"], monkeypatch, capsys)
+    assert re.search(r"share of the float32 matrix rate: \d+%", said)
+    assert re.search(r"with every product of both at the matrix rate: ([\d.]+) \(arithmetic \1, rates 1.00\)", said)
+    assert "0.00% apart" in said
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_questions_that_share_a_context_are_one_reading_of_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The script itself compares loss and gradients with the recipe's, which reads a context for each question."""
-    subject, (lengths,) = load("cpu-world", device="cpu"), lengths_of("1qa", 1)
+    subject, (lengths,) = load("cpu-world", device="cpu", dtype="bfloat16"), lengths_of("1qa", 1)
     read, answered, labels = lengths
     flops = partial(training_flops, subject.backbone, subject.hypernetwork, read=read)
     for questions in (1, 3):
@@ -187,7 +201,7 @@ def test_a_recipe_that_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch, cap
 
 def test_the_subject_is_what_training_loads() -> None:
     """Weights in bfloat16, the frequencies of the rotary embedding not."""
-    subject = load("cpu-world", device="cpu")
+    subject = load("cpu-world", device="cpu", dtype="bfloat16")
     path = str(ASSETS / "cpu-world" / "backbone")
     trained, _ = load_backbone(
         BackboneConfig(path=path, dtype="bfloat16", device="cpu"), targets=subject.hypernetwork.config.targets
@@ -248,7 +262,7 @@ def test_answering(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 def of_cpu_world(contexts: int) -> tuple[Subject, LoRA]:
     """The CPU world, and the adapters of random contexts, in float32."""
-    subject = load("cpu-world", device="cpu")
+    subject = load("cpu-world", device="cpu", dtype="bfloat16")
     with torch.inference_mode():
         return subject, subject.hypernetwork(subject.backbone, tokens(contexts, 40, subject.backbone), None)
 

@@ -28,6 +28,7 @@ CANNOT_CHANGE_AN_ANSWER = {
     "data/grouping data/table": "how samples to train on are laid out",
     "adapter_files provenance": "adapters on disk, which an evaluation neither reads nor writes",
     "evaluation": "only the name of the room",
+    "devices": "what is computed on; the plan holds the type that follows",
     "host_memory": "what is done with memory that is free again",
     "training/distributed training/provenance": "which rank computes, and what is noted of the machine",
     "evaluation/results evaluation/scores evaluation/statistics evaluation/tables": "made anew from the predictions each time",

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qw
 
 from shine.backbone import TARGETS, Backbone
 from shine.config import BackboneConfig
-from shine.loading import find_device, load_backbone
+from shine.loading import load_backbone
 
 
 @pytest.fixture
@@ -127,21 +127,6 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(folder: Path) -> None:
 def test_activation_checkpointing_reaches_the_backbone(folder: Path) -> None:
     for wanted in (False, True):
         assert load(folder, activation_checkpointing=wanted)[0].activation_checkpointing == wanted
-
-
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert find_device("auto") == torch.device("cpu")
-    with pytest.raises(ValueError, match="no CUDA device 0, there are 0"):
-        find_device("cuda")
-    with pytest.raises(ValueError, match="set it to auto, cpu, cuda"):
-        find_device("gpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert find_device("auto") == find_device("cuda") == torch.device("cuda", 1)
-    assert find_device("cuda:0") == torch.device("cuda", 0)
 
 
 @pytest.mark.slow

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from conftest import counted_flops, tiny_hypernetwork_config, tiny_tokenizer
 from processes import Fault, run_ranks
 from runs import WORLDS, stage_config, train_config
@@ -133,12 +132,6 @@ def test_a_run_warns_before_it_starts(
     monkeypatch.setattr(loop, "room", lambda *_args, **_options: 10**5)
     train(train_config(tiny_backbone_folder, tmp_path / "tight", stage=stage_config(steps=1)))
     assert "less is needed with backbone.activation_checkpointing=true" in capsys.readouterr().out
-
-
-def test_the_matrix_rate_is_that_of_this_machine() -> None:
-    state = torch.get_rng_state()
-    assert 1e8 < needs.matrix_rate(torch.device("cpu"), torch.float32, seconds=0.05) < 1e14
-    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "1qa"])

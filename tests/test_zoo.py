@@ -378,7 +378,9 @@ def test_the_command_says_it_in_json(cache: Path, served: Served, capsys: pytest
 def test_the_real_smollm2_over_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHINE_CACHE", str(tmp_path))
     tasks = TaskTokens("<filename>", "<repo_name>", "<empty_output>")
-    backbone, tokenizer = load_backbone(BackboneConfig(path="smollm2-135m", device="cpu", task_tokens=tasks), targets=TARGETS)
+    backbone, tokenizer = load_backbone(
+        BackboneConfig(path="smollm2-135m", device="cpu", dtype="bfloat16", task_tokens=tasks), targets=TARGETS
+    )
     assert left_in(tmp_path) == {"smollm2-135m"}
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2-135m")

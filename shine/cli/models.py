@@ -42,7 +42,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     _add_backbone(group)
     group.add_argument("--device", default="auto", help="auto (CUDA where there is some), cpu, cuda, cuda:N")
-    group.add_argument("--dtype", choices=("bfloat16", "float32", "float64"), help="of the backbone; default: as trained")
+    group.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32", "float64"),
+        help="of the backbone; default: as trained, but float32 where bfloat16 is slow",
+    )
     _add_variant(group)
 
 

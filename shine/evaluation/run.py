@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from shine.backbone import Backbone
 from shine.chat import token_counter, token_ids
 from shine.checkpoint import (
     check_backbone,
@@ -94,6 +95,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         config = with_checkpoint(config, say=say)
         with ranks.one_by_one():
             methods = load_methods(config)
+        config = _as_computed(config, methods[0].speaker.backbone)
         sets = read_sets(config, methods[0].speaker, say=say)
         _check_lessons(config, methods, sets, say=say)
         folder = ResultFolder(output, *_plan(config, methods, sets))
@@ -101,6 +103,12 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             return _Evaluation(config, methods, sets, folder, ranks, say).run()
         finally:
             folder.release()
+
+
+def _as_computed(config: EvaluationConfig, backbone: Backbone) -> EvaluationConfig:
+    """With the type that ``auto`` became: answers in one must not be added to those in another."""
+    dtype = str(backbone.dtype).removeprefix("torch.")
+    return replace(config, backbone=replace(config.backbone, dtype=dtype))  # type: ignore[arg-type]
 
 
 def with_checkpoint(config: EvaluationConfig, *, say: Callable[[str], None]) -> EvaluationConfig:

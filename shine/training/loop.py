@@ -22,19 +22,20 @@ from shine.data.build import build_samples
 from shine.data.samples import Sample, StageSamples
 from shine.data.sources import look_into
 from shine.data.tally import Tally
+from shine.devices import find_device, matrix_rate, room
 from shine.downloads import revision_of
 from shine.files import written_beside
 from shine.fingerprint import fingerprint
 from shine.host_memory import keep_freed_memory
 from shine.hub import hub_id
-from shine.loading import find_device, load_backbone, variant_name
+from shine.loading import load_backbone, variant_name
 from shine.pretrained import without_progress_bars
 from shine.training.distillation import Teacher
 from shine.training.distributed import Ranks, SharedRefusalError, join_ranks
 from shine.training.guard import Guard
 from shine.training.monitor import BAD_STEPS_FILE, Monitor
-from shine.training.needs import estimate, matrix_rate, room
-from shine.training.optimizer import build_optimizer, check_optimizer, learning_rate
+from shine.training.needs import estimate
+from shine.training.optimizer import build_optimizer, learning_rate
 from shine.training.owner import Owner, owned
 from shine.training.parallel import restore_optimizer, shard, shard_backbone, synchronised, whole_optimizer, whole_weights
 from shine.training.provenance import differences, run_record
@@ -83,7 +84,6 @@ def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Path:
 def _prepare(config: TrainConfig, ranks: Ranks, *, start: Start, request: StopRequest, owner: Owner | None) -> _Run:
     with ranks.together():
         _check_shares(config.stage, ranks=ranks.size)
-        check_optimizer(config.stage)
         look_into(config.data.train, "data.train")
         look_into(config.data.validation, "data.validation")
     if start.directory is not None and not start.resumed:
@@ -100,9 +100,9 @@ def _prepare(config: TrainConfig, ranks: Ranks, *, start: Start, request: StopRe
     config = replace(config, hypernetwork=shape, checkpoint=checkpoint)
     record = {**run_record(config), "asked": asked}
     with ranks.one_by_one(), nullcontext() if ranks.first else without_progress_bars():
-        # What is too large for one device is loaded into host memory and goes to the devices in parts.
-        place = "cpu" if config.backbone.shard and ranks.size > 1 else config.backbone.device
-        backbone, tokenizer = load_backbone(replace(config.backbone, device=place), targets=shape.targets)
+        # What is too large for one device goes to the devices in parts.
+        parted = config.backbone.shard and ranks.size > 1
+        backbone, tokenizer = load_backbone(config.backbone, targets=shape.targets, in_host_memory=parted)
     keep_freed_memory(find_device(config.backbone.device))
     return _Run(config, backbone, tokenizer, ranks, start=start, request=request, record=record, owner=owner)
 
@@ -157,7 +157,7 @@ class _Run:
         self.info = CheckpointInfo(config.backbone, shape, stages, found, revision, variant, length)
         if config.engine == "fsdp" and ranks.size > 1:
             shard(self.hypernetwork, ranks)
-        self.optimizer = build_optimizer(self.hypernetwork, stage)
+        self.optimizer = build_optimizer(self.hypernetwork, stage, dtype=backbone.dtype)
         self.stream = SampleStream(
             samples,
             stage.batch_size,

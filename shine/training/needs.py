@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import time
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -27,6 +24,7 @@ class Needs:
 
     Attributes:
         trained, frozen: parameters.
+        dtype: of the frozen ones, and of the passes.
         weights: bytes on each rank for parameters, gradients and the optimizer's state, ``gathered`` among them.
         activations: bytes on each rank that a backward pass keeps, roughly.
         tokens_per_step: context and conversation tokens of a global batch, on average.
@@ -37,6 +35,7 @@ class Needs:
 
     trained: int
     frozen: int
+    dtype: str
     weights: int
     activations: int
     tokens_per_step: float
@@ -59,7 +58,7 @@ class Needs:
         hours = self.hours(rate=rate, ranks=ranks, device_type=device_type)
         gathered = f" ({self.gathered / 1e9:.2f} GB of it for layers that are gathered)" if self.gathered else ""
         return (
-            f"parameters: {self.trained:,} trained, {self.frozen:,} frozen\n"
+            f"parameters: {self.trained:,} trained, {self.frozen:,} frozen in {self.dtype}\n"
             f"memory of each rank: {self.weights / 1e9:.2f} GB of weights, gradients and optimizer{gathered}, about "
             f"{self.activations / 1e9:.2f} GB of activations\n"
             f"{self.steps:,} steps of about {self.tokens_per_step:,.0f} tokens, {self.steps * self.tokens_per_step:.3g} in all: "
@@ -80,13 +79,6 @@ class Needs:
         }
         helpful = ", ".join(way for way, helps in ways.items() if helps) or "a shorter stage.context_length"
         return f"this may not fit: {sizes}; less is needed with {helpful}"
-
-
-def room(device: torch.device, *, ranks: int) -> int:
-    """Bytes that a rank can have: all of its GPU, or its share of the memory of a machine with so many ``ranks``."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
 
 
 def estimate(
@@ -112,6 +104,7 @@ def estimate(
     return Needs(
         trained=trained,
         frozen=frozen,
+        dtype=str(backbone.dtype).removeprefix("torch."),
         weights=held + gathered + round(trained * 4 * copies),
         activations=per_sample * stage.micro_batch_size + head,
         tokens_per_step=stage.batch_size * sum(sample.tokens for sample in seen) / len(seen),
@@ -119,23 +112,6 @@ def estimate(
         steps=steps,
         gathered=gathered,
     )
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.2) -> float:
-    """FLOP/s of square matrix products on this device, measured."""
-    size = 4096 if device.type == "cuda" else 1024
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
-    products = 0
-    torch.mm(a, b)
-    _settle(device)
-    started = time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        for _ in range(4):
-            torch.mm(a, b)
-        _settle(device)
-        products += 4
-    return products * 2 * size**3 / (time.perf_counter() - started)
 
 
 def _frozen_bytes(backbone: Backbone) -> tuple[int, int]:
@@ -191,8 +167,3 @@ def _head_bytes(backbone: Backbone, *, labels: int) -> int:
 
 def _duration(hours: float) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{max(hours * 60, 0.1):.1f} min"
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

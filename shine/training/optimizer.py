@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from shine.config import StageConfig
+from shine.training.muon import Muon
 
 
 def learning_rate(step: int, *, stage: StageConfig, total_steps: int) -> float:
@@ -45,23 +46,15 @@ class Optimizers:
             part.step()
 
 
-def check_optimizer(stage: StageConfig) -> None:
-    """Make sure that this torch has the optimizer of a stage.
-
-    Raises:
-        ValueError: it has not.
-    """
-    if stage.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"torch {torch.__version__} has no Muon: install torch 2.9 or newer, or set stage.optimizer=adamw")
-
-
-def build_optimizer(trained: nn.Module, stage: StageConfig) -> Optimizers:
+def build_optimizer(trained: nn.Module, stage: StageConfig, *, dtype: torch.dtype = torch.bfloat16) -> Optimizers:
     """AdamW over every trainable, or Muon over the matrices of linears and AdamW over the others; norms and biases are not decayed.
 
     Muon's update is brought to the root mean square that AdamW's has, so both take one learning rate.
 
-    Raises:
-        ValueError: this torch has no Muon.
+    Args:
+        trained: what is trained.
+        stage: which optimizer, at which rate.
+        dtype: of Muon's matrix products, as published if nothing is said; runs take that of their passes.
     """
     matrices: list[nn.Parameter] = []
     others: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -73,9 +66,7 @@ def build_optimizer(trained: nn.Module, stage: StageConfig) -> Optimizers:
     adamw = _adamw(others, stage)
     if not matrices:
         return Optimizers(adamw)
-    check_optimizer(stage)
-    rate, decay = stage.learning_rate, stage.weight_decay
-    return Optimizers(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"), adamw)
+    return Optimizers(Muon(matrices, lr=stage.learning_rate, weight_decay=stage.weight_decay, dtype=dtype), adamw)
 
 
 def _owned(trained: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

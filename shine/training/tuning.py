@@ -54,7 +54,7 @@ def train_reader(config: TrainConfig, *, rank: int, alpha: float, say: Callable[
     )
     stream = SampleStream(samples, stage.batch_size, config.seed, window=stage.length_window)
     total = stage.steps if stage.steps is not None else max(math.ceil(stage.epochs * len(samples) / stage.batch_size), 1)
-    optimizer, guard, losses = build_optimizer(reader, stage), Guard(stage), list[float]()
+    optimizer, guard, losses = build_optimizer(reader, stage, dtype=backbone.dtype), Guard(stage), list[float]()
     for step in range(total):
         rate = learning_rate(step, stage=stage, total_steps=total)
         optimizer.set_rate(rate)
