@@ -86,6 +86,8 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", activation_che
     keep_freed_memory(place)
     config = configured(TrainConfig, "train", [*WITH_WEIGHTS.get(name, (f"experiment={name}",)), "output=none"])
     attention.register()
+    if place.type == "cuda" and dtype == "float32":
+        raise SystemExit("--dtype float32 is for a CPU: the float32 rate measured on a GPU is TF32's, which ours does not take")
     if dtype == "auto":
         dtype = "float32" if slow_at_bfloat16(place) else "bfloat16"
     held = getattr(torch, dtype)

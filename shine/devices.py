@@ -8,6 +8,8 @@ from functools import cache
 
 import torch
 
+BFLOAT16_SINCE = 8, 0
+"""The first NVIDIA GPUs that multiply bfloat16: the A100's and GeForce 30's."""
 SLOW = 1.5
 """How many times faster float32 products must be for a device to be slow at bfloat16: less is worth half of the memory."""
 
@@ -67,7 +69,7 @@ def slow_at_bfloat16(device: torch.device) -> bool:
     (``docs/performance.md``). A GPU says what it can.
     """
     if device.type == "cuda":
-        return not torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) < BFLOAT16_SINCE
     best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
     matrices = {dtype: torch.ones(256, 512, dtype=dtype) for dtype in best}
     # In turns, and the best of each: what else runs on the machine slows down both.

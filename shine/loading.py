@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -35,35 +37,49 @@ def load_backbone(
     """
     device = find_device(config.device)
     path = resolve(config.path)
-    try:
-        dtype = getattr(torch, working_dtype(config))
+    dtype = getattr(torch, with_dtype(config).dtype)
+    with _told(config, path):
         model = load_model(path, dtype=dtype, attn_implementation=_attention(config.attention, device))
         tokenizer = load_tokenizer(path)
-    except Exception as error:  # safetensors, tokenizers and transformers raise anything, bare Exception included
-        raise ValueError(f"cannot load backbone {config.path}: {first_line(error)}; {_load_remedy(config, path)}") from error
     model = model if in_host_memory else model.to(device)
     backbone = Backbone(model, targets=targets, activation_checkpointing=config.activation_checkpointing)
     prepare_tokenizer(tokenizer, config.task_tokens, embedding_rows=backbone.vocabulary_size)
     return backbone, tokenizer
 
 
-def working_dtype(config: BackboneConfig) -> Literal["bfloat16", "float32", "float64"]:
-    """The type that ``backbone.dtype`` means on its device.
+def with_dtype(config: BackboneConfig, *, ranks: int = 1) -> BackboneConfig:
+    """The configuration with the type that ``backbone.dtype=auto`` means on its device.
 
-    ``auto`` is bfloat16, but float32 on a device that multiplies bfloat16 slowly, where the weights then take no more than half
-    of its memory.
+    That is bfloat16, but float32 on a device that multiplies bfloat16 slowly, where the weights then take no more than half of
+    its memory.
+
+    Args:
+        config: which model, and how it is held.
+        ranks: how many of this machine hold one; if they are to hold the same, one of them asks for all.
 
     Raises:
-        ValueError: there is no such device.
-        OSError: the model that ``auto`` asks about is not there.
+        ValueError: there is no such device, or the model is not there; with the remedy.
     """
     if config.dtype != "auto":
-        return config.dtype
+        return config
     device = find_device(config.device)
-    if not slow_at_bfloat16(device):
-        return "bfloat16"
-    fits = count_parameters(resolve(config.path)) * torch.float32.itemsize <= room(device, ranks=1) / 2
-    return "float32" if fits else "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    if slow_at_bfloat16(device):
+        path = resolve(config.path)
+        with _told(config, path):
+            weights = count_parameters(path) * torch.float32.itemsize
+        if weights <= room(device, ranks=ranks) / 2:
+            dtype = "float32"
+    return replace(config, dtype=dtype)
+
+
+@contextmanager
+def _told(config: BackboneConfig, path: str) -> Iterator[None]:
+    """What goes wrong with a model's files, with what to do about it."""
+    try:
+        yield
+    except Exception as error:  # safetensors, tokenizers and transformers raise anything, bare Exception included
+        raise ValueError(f"cannot load backbone {config.path}: {first_line(error)}; {_load_remedy(config, path)}") from error
 
 
 def _attention(name: str, device: torch.device) -> str:

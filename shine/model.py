@@ -29,7 +29,7 @@ from shine.config import BackboneConfig, HypernetworkConfig
 from shine.fingerprint import Fingerprint, fingerprint, hypernetwork_fingerprint
 from shine.hub import HubId, download
 from shine.hypernetwork import Hypernetwork
-from shine.loading import load_backbone
+from shine.loading import load_backbone, with_dtype
 from shine.lora import LoRA
 from shine.pieces import how_many
 from shine.pretrained import without_progress_bars
@@ -94,7 +94,7 @@ class Shine:
         info = read_info(directory)
         config = _backbone_config(str(path), info.backbone if info is not None else None, backbone)
         config = replace(config, device=device, shard=False, activation_checkpointing=False, allow_variant=allow_variant)
-        config = replace(config, dtype=dtype or ("auto" if config.dtype == "bfloat16" else config.dtype))
+        config = with_dtype(config if dtype is None else replace(config, dtype=dtype))
         shape = info.hypernetwork if info is not None else hypernetwork or HypernetworkConfig()
         with without_progress_bars():
             held, tokenizer = load_backbone(config, targets=shape.targets)
@@ -345,8 +345,9 @@ def _backbone_config(path: str, recorded: BackboneConfig | None, asked: str | Ba
     if isinstance(asked, BackboneConfig):
         return asked
     if recorded is not None:
-        # How it attends is a matter of where it runs, not of what was trained.
-        return replace(recorded, path=recorded.path if asked is None else asked, attention="auto")
+        # How it attends is a matter of where it runs, not of what was trained, and so is whether bfloat16 pays.
+        dtype = "auto" if recorded.dtype == "bfloat16" else recorded.dtype
+        return replace(recorded, path=recorded.path if asked is None else asked, attention="auto", dtype=dtype)
     if asked is None:
         raise ValueError(f"{path}: a released checkpoint does not say which backbone it is for: give backbone=...")
     return BackboneConfig(path=asked)

@@ -20,6 +20,7 @@ from exact import install_exact_norms
 from runs import train_config
 from torch import Tensor, nn
 
+from shine import loading
 from shine.cli.stages import train_and_evaluate
 from shine.training import loop, step
 from shine.training.loop import train
@@ -37,7 +38,8 @@ CONTEXT.set_forkserver_preload(
 @dataclass(frozen=True)
 class Fault:
     """What goes wrong on rank 1: ``where``, in its ``call``-th micro-batch; for ``validation``, ``norm`` and ``draws`` (which is no
-    fault: each pass draws random numbers) from that call on; a name that the loop uses while it sets a run up refuses."""
+    fault: each pass draws random numbers) from that call on; for ``speed`` it is good at the other type than this machine is; a
+    name that the loop uses while it sets a run up refuses."""
 
     where: Literal[
         "loss",
@@ -47,6 +49,7 @@ class Fault:
         "validation",
         "norm",
         "draws",
+        "speed",
         "look_into",
         "load_backbone",
         "build_samples",
@@ -59,6 +62,10 @@ class Fault:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         if self.where in ("validation", "norm"):
             self._disagree(monkeypatch)
+            return
+        if self.where == "speed":
+            found = loading.slow_at_bfloat16
+            monkeypatch.setattr(loading, "slow_at_bfloat16", lambda device: not found(device))
             return
         if hasattr(loop, self.where):
             monkeypatch.setattr(loop, self.where, self._refuse)

@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_hypernetwork_config, tiny_model
+from processes import Fault, run_ranks
+from runs import losses_of, stage_config, train_config
 from test_evaluation import evaluation_config, write_examples
+from test_ranks import go_back_to_a_save
 
 from shine import devices, loading
 from shine.backbone import TARGETS, Backbone
-from shine.checkpoint import CheckpointInfo, save_hypernetwork
+from shine.checkpoint import CheckpointInfo, read_info, save_hypernetwork
 from shine.config import BackboneConfig
 from shine.devices import find_device, matrix_rate, slow_at_bfloat16
 from shine.evaluation.run import evaluate
 from shine.hypernetwork import Hypernetwork
 from shine.model import Shine
+from shine.training.loop import train
 
 CPU = torch.device("cpu")
 
@@ -61,10 +65,15 @@ def test_a_cpu_is_slow_at_bfloat16_where_its_matrix_rates_say_so() -> None:
     assert not found or gain > 0.75
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_a_gpu_says_whether_it_multiplies_bfloat16(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: native or including_emulation)
-    assert slow_at_bfloat16(torch.device("cuda", 0)) is not native
+def test_each_gpu_says_whether_it_multiplies_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4, a V100, an A100, a GeForce 40; a GPU of AMD's does."""
+    found = [(7, 5), (7, 0), (8, 0), (8, 9)]
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found[device.index])
+    assert [slow_at_bfloat16(torch.device("cuda", index)) for index in range(4)] == [True, True, False, False]
+    slow_at_bfloat16.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not slow_at_bfloat16(torch.device("cuda", 0))
 
 
 def test_what_is_slow_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,29 +87,37 @@ def test_what_is_slow_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, slow: bool, memory: int = 1 << 40) -> None:
     monkeypatch.setattr(loading, "slow_at_bfloat16", lambda device: slow)
-    monkeypatch.setattr(loading, "room", lambda device, *, ranks: memory)
+    monkeypatch.setattr(loading, "room", lambda device, *, ranks: memory // ranks)
 
 
 @pytest.mark.parametrize(
     ("asked", "slow", "share", "held"),
     [
-        ("auto", False, 1.0, torch.bfloat16),
-        ("auto", True, 1.0, torch.float32),
-        ("auto", True, 0.99, torch.bfloat16),
-        ("bfloat16", True, 1.0, torch.bfloat16),
-        ("float32", False, 0.0, torch.float32),
-        ("float64", True, 0.0, torch.float64),
+        ("auto", False, 1.0, "bfloat16"),
+        ("auto", True, 1.0, "float32"),
+        ("auto", True, 0.99, "bfloat16"),
+        ("bfloat16", True, 1.0, "bfloat16"),
+        ("float32", False, 0.0, "float32"),
+        ("float64", True, 0.0, "float64"),
     ],
 )
 def test_a_backbone_is_held_in_the_type_that_its_device_is_good_at(
-    asked: str, slow: bool, share: float, held: torch.dtype, tiny_backbone_folder: str, monkeypatch: pytest.MonkeyPatch
+    asked: str, slow: bool, share: float, held: str, tiny_backbone_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Float32 only where that takes up to half of the memory: ``share`` is of what it would have to be."""
+    """Float32 only where that takes up to half of a rank's memory: ``share`` is of what it would have to be."""
     weights = sum(parameter.numel() for parameter in tiny_model().parameters()) * 4
     pretend(monkeypatch, slow=slow, memory=int(2 * weights * share))
     config = BackboneConfig(path=tiny_backbone_folder, dtype=asked, device="cpu")  # type: ignore[arg-type]
     backbone, _ = loading.load_backbone(config, targets=TARGETS)
-    assert {parameter.dtype for parameter in backbone.model.parameters()} == {held}
+    assert {parameter.dtype for parameter in backbone.model.parameters()} == {getattr(torch, held)}
+    pretend(monkeypatch, slow=slow, memory=int(2 * weights * share) * 3)
+    assert loading.with_dtype(config, ranks=3).dtype == held
+
+
+def test_a_folder_without_a_model_is_named_by_who_asks_for_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, slow=True)
+    with pytest.raises(ValueError, match=r"cannot load backbone .*config\.json.* belong there"):
+        loading.with_dtype(BackboneConfig(path=str(tmp_path), device="cpu"))
 
 
 def test_weights_may_wait_in_host_memory_for_the_device_that_they_are_loaded_for(
@@ -119,13 +136,15 @@ def test_weights_may_wait_in_host_memory_for_the_device_that_they_are_loaded_for
 def test_a_checkpoint_comes_back_in_a_type_that_the_device_is_good_at(
     trained: str, held: str, tiny_backbone_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only bfloat16 gives way, and not to what is asked for."""
+    """Only bfloat16 gives way, and only where it is recorded: what is asked for stays."""
     pretend(monkeypatch, slow=True)
     config = BackboneConfig(path=tiny_backbone_folder, dtype=trained, device="cpu")  # type: ignore[arg-type]
     hypernetwork = Hypernetwork(tiny_hypernetwork_config(), Backbone(tiny_model()))
     save_hypernetwork(tmp_path / "final", hypernetwork.state_dict(), CheckpointInfo(config, hypernetwork.config))
     assert Shine.from_pretrained(tmp_path, device="cpu").backbone.dtype == getattr(torch, held)
-    assert Shine.from_pretrained(tmp_path, device="cpu", dtype="bfloat16").backbone.dtype == torch.bfloat16
+    rounded = Shine.from_pretrained(tmp_path, device="cpu", dtype="bfloat16")
+    assert rounded.backbone.dtype == torch.bfloat16
+    assert Shine.from_pretrained(tmp_path, backbone=rounded.config, device="cpu").backbone.dtype == torch.bfloat16
 
 
 def test_predictions_in_one_type_are_not_gone_on_with_in_another(
@@ -139,3 +158,34 @@ def test_predictions_in_one_type_are_not_gone_on_with_in_another(
     pretend(monkeypatch, slow=True)
     assert evaluate(config)["config"]["backbone"]["dtype"] == "float32"
     assert "begins again" in capsys.readouterr().out
+
+
+def test_a_run_says_and_records_its_type_and_goes_on_in_no_other(
+    tiny_backbone_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = train_config(tiny_backbone_folder, tmp_path, stage=stage_config(steps=4, save_every=2))
+    config = replace(config, backbone=replace(config.backbone, dtype="auto"))
+    pretend(monkeypatch, slow=True)
+    final = train(config)
+    assert "frozen in float32" in capsys.readouterr().out
+    info = read_info(final)
+    assert info is not None
+    assert info.backbone.dtype == "float32"
+    go_back_to_a_save(tmp_path, step=2)
+    resumed = replace(config, resume="latest")
+    pretend(monkeypatch, slow=False)
+    with pytest.raises(ValueError, match=r"backbone\.dtype: 'float32' -> 'bfloat16'"):
+        train(resumed)
+    # As it was computed, on whichever machine.
+    train(replace(resumed, backbone=replace(config.backbone, dtype="float32")))
+    assert len(losses_of(tmp_path)) == 4
+
+
+def test_the_first_rank_decides_for_all(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """Of two machines that are good at different types."""
+    config = BackboneConfig(path=tiny_backbone_folder, device="cpu")
+    stage = stage_config(micro_batch_size=1, steps=2)
+    assert run_ranks(2, tiny_backbone_folder, tmp_path / "run", fault=Fault("speed"), backbone=config, stage=stage) == [0, 0]
+    expected = loading.with_dtype(config).dtype
+    for rank in range(2):
+        assert f"frozen in {expected}" in (tmp_path / "run" / "logs" / f"rank-{rank}.log").read_text()

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from shine.backbone import Backbone
 from shine.chat import token_counter, token_ids
 from shine.checkpoint import (
     check_backbone,
@@ -38,7 +37,7 @@ from shine.evaluation.tables import answer_table, recall_table, show, way_table
 from shine.files import file_written_beside
 from shine.fingerprint import fingerprint
 from shine.host_memory import keep_freed_memory
-from shine.loading import load_backbone
+from shine.loading import load_backbone, with_dtype
 from shine.lora import LoRA
 from shine.training.distributed import Ranks, join_ranks
 from shine.training.provenance import versions
@@ -93,9 +92,11 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         output = output_folder(config.output)
         look_into(config.data.test, "data.test")
         config = with_checkpoint(config, say=say)
+        # One type for all answers, whatever the machines of the ranks are good at.
+        backbone = ranks.ask_first(lambda: with_dtype(config.backbone, ranks=ranks.local_size))
+        config = replace(config, backbone=backbone)
         with ranks.one_by_one():
             methods = load_methods(config)
-        config = _as_computed(config, methods[0].speaker.backbone)
         sets = read_sets(config, methods[0].speaker, say=say)
         _check_lessons(config, methods, sets, say=say)
         folder = ResultFolder(output, *_plan(config, methods, sets))
@@ -103,12 +104,6 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             return _Evaluation(config, methods, sets, folder, ranks, say).run()
         finally:
             folder.release()
-
-
-def _as_computed(config: EvaluationConfig, backbone: Backbone) -> EvaluationConfig:
-    """With the type that ``auto`` became: answers in one must not be added to those in another."""
-    dtype = str(backbone.dtype).removeprefix("torch.")
-    return replace(config, backbone=replace(config.backbone, dtype=dtype))  # type: ignore[arg-type]
 
 
 def with_checkpoint(config: EvaluationConfig, *, say: Callable[[str], None]) -> EvaluationConfig:

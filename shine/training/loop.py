@@ -28,7 +28,7 @@ from shine.files import written_beside
 from shine.fingerprint import fingerprint
 from shine.host_memory import keep_freed_memory
 from shine.hub import hub_id
-from shine.loading import load_backbone, variant_name
+from shine.loading import load_backbone, variant_name, with_dtype
 from shine.pretrained import without_progress_bars
 from shine.training.distillation import Teacher
 from shine.training.distributed import Ranks, SharedRefusalError, join_ranks
@@ -97,7 +97,9 @@ def _prepare(config: TrainConfig, ranks: Ranks, *, start: Start, request: StopRe
     checkpoint = str(start.directory) if start.directory and not start.resumed else config.checkpoint
     # What was asked for, before the shape of a checkpoint stands in for it: a resumed run is compared by that.
     asked = asdict(config.hypernetwork)
-    config = replace(config, hypernetwork=shape, checkpoint=checkpoint)
+    # One for all: machines may differ in what they are good at.
+    backbone_config = ranks.ask_first(lambda: with_dtype(config.backbone, ranks=ranks.local_size))
+    config = replace(config, backbone=backbone_config, hypernetwork=shape, checkpoint=checkpoint)
     record = {**run_record(config), "asked": asked}
     with ranks.one_by_one(), nullcontext() if ranks.first else without_progress_bars():
         # What is too large for one device goes to the devices in parts.

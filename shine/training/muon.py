@@ -45,7 +45,10 @@ class Muon(torch.optim.Optimizer):
             for matrix in group["params"]:
                 if matrix.grad is None:
                     continue
-                mean = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+                state = self.state[matrix]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(matrix)
+                mean = state["momentum_buffer"]
                 mean.lerp_(matrix.grad, 1 - momentum)
                 update = orthogonalised(matrix.grad.lerp(mean, momentum), dtype=self.dtype)
                 matrix.mul_(1 - rate * group["weight_decay"])
