@@ -12,14 +12,18 @@ import pytest
 import torch
 from conftest import tiny_hypernetwork_config, tiny_model
 from matplotlib import image
+from safetensors.torch import load_file, save_file
 from test_scores import answer, text
 from test_shipped import example
 
 from shine.backbone import Backbone
 from shine.checkpoint import CheckpointInfo, save_hypernetwork
 from shine.config import BackboneConfig
+from shine.evaluation.run import weights_digest
 from shine.evaluation.scores import compare_methods, summarise_answers, summarise_recall, summarise_times
 from shine.hypernetwork import Hypernetwork
+from shine.lora import LoRA
+from shine.training.reader import starting_lora
 
 METHODS = ("shine", "in_context", "in_context_tuned", "only_question")
 
@@ -60,14 +64,28 @@ def write_scores(folder: Path, place: Path, *, shine: float, worlds: float, perp
         "unanswerable": {"questions": 0},
         "decay": {"on": {"first_five": rate, "last_five": rate}},
     }
-    config = {"max_new_tokens": 32, "checkpoint": str(place / "hypernetwork"), "output": "/home/me"}
+    backbone, stage = {"dtype": "bfloat16"}, {"context_length": 64, "learning_rate": 1.0}
+    config = {"max_new_tokens": 32, "backbone": backbone, "stage": stage, "output": "/home/me"}
+    reader = LoRA.load(place / "reader").to(dtype=torch.bfloat16)
+    weights = {name: weights_digest(place / "hypernetwork", [reader] * (name == "test")) for name in ("test", "test_pretrain")}
     for name, value in {
         "test/summary.json": {"config": config, "sources": sources},
+        "test/plan.json": {"config": config, "weights": weights["test"]},
         "test_pretrain/summary.json": {"config": config, "sources": texts},
+        "test_pretrain/plan.json": {"config": config, "weights": weights["test_pretrain"]},
         "trust/trust.json": {"sets": [trust]},
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(value))
+    rows = [
+        {"source": source, "method": method, "id": number, "turn": turn, "question": f"{source} {number} {turn}?"}
+        | {"answers": ["right", "fine"], "prediction": f"{method} | {'so ' * 40}" if turn == 0 else "later"}
+        for method in METHODS
+        for source in sources
+        for number in range(6)
+        for turn in range(2)
+    ]
+    (folder / "test" / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -88,8 +106,10 @@ def place(tmp_path: Path) -> Path:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         recipe = {"name": stage, "batch_size": 8, "context_length": 48, "conversation_length": 72, "learning_rate": 1e-3}
         data = {"squad": {"limit": None, "options": {}}, "worlds": {"limit": None, "options": {"count": 3000}}}
-        (folder / "recipe.json").write_text(json.dumps({"stage": recipe, "data": data}))
-    (tmp_path / "model" / "reader").mkdir()
+        device = {"device": "NVIDIA H100" if run == "01-pretrain" else "x86_64"}
+        (folder / "recipe.json").write_text(json.dumps({"stage": recipe, "data": data, "versions": device}))
+    generator = torch.Generator().manual_seed(0)
+    starting_lora(Backbone(tiny_model()), rank=2, generator=generator).save(tmp_path / "model" / "reader")
     told = {"rank": 8, "alpha": 16, "stage": recipe, "losses": [3.0] * 10 + [2.0] * 20 + [1.0] * 10}
     (tmp_path / "model" / "reader" / "training.json").write_text(json.dumps(told))
     return tmp_path / "model"
@@ -98,15 +118,21 @@ def place(tmp_path: Path) -> Path:
 def test_the_card_says_what_was_measured(module: ModuleType, place: Path, tmp_path: Path) -> None:
     """F1 40 on a way from 10 to 50 is 75 % of it; every target is reached."""
     scores = write_scores(tmp_path / "scores", place, shine=0.4, worlds=0.7, perplexity_loss=1.0, cosine=0.5)
-    page = module.write_card(scores, place).read_text(encoding="utf-8")
+    page = module.write_card(place, scores).read_text(encoding="utf-8")
     assert "It reaches 6 of the 6 targets" in page
     assert "missed" not in page
     assert "| SHINE | 0.0 [0.0, 0.0] | 40.0 [40.0, 40.0] | 0 |" in page
     assert "| *way, percent* | none to go | 75.0 [75.0, 75.0] | |" in page
     assert "| SHINE | 70.0 [70.0, 70.0] | 70.0 [70.0, 70.0] | 0 |" in page
     assert "| SHINE | 2.7 [2.7, 2.7] | 2.7 [2.7, 2.7] | 2.7 [2.7, 2.7] |" in page
-    assert "| mqa | squad, worlds (3,000) | 90 x 8 | 48 / 72 | AdamW 0.001 | 2.40 at 60, 2.10 (squad) | 0.50 | 0.70 |" in page
-    assert "| mqa 2 | squad, worlds (3,000) | 90 x 8 | 48 / 72 | AdamW 0.001 | not watched |  |  |" in page
+    assert (
+        "| mqa | squad, worlds (3,000) | 90 x 8 | 48 / 72 | AdamW 0.001 | two CPU cores | 2.40 at 60, 2.10 (squad) | 0.50 | 0.70 |"
+        in page
+    )
+    assert "| mqa 2 | squad, worlds (3,000) | 90 x 8 | 48 / 72 | AdamW 0.001 | two CPU cores | not watched |  |  |" in page
+    assert "| 48 / 72 | AdamW 0.001 | NVIDIA H100 | " in page
+    assert "2,160 contexts in all" in page
+    assert "were compared" not in page
     assert "40 steps of 8 contexts of the stage mqa at 0.001" in " ".join(page.split())
     assert "its loss is 3.00 over the first ten steps, 2.00 half way, 1.00 over the last ten" in " ".join(page.split())
     assert "| SQuAD, unseen articles | 0.500 | 1.50 |" in page
@@ -119,7 +145,7 @@ def test_the_card_says_what_was_measured(module: ModuleType, place: Path, tmp_pa
     assert int(trained[1].replace(",", "")) == expected
     assert json.loads((place / "scores.json").read_text())["trust"]["sets"][0]["contexts"] == 8
     picture = image.imread(place / "curves.png")
-    assert picture.shape[0] > 400
+    assert picture.shape[0] > 600
     assert picture.std() > 0.05
     assert all(len(line) < 400 for line in page.splitlines())
 
@@ -127,7 +153,7 @@ def test_the_card_says_what_was_measured(module: ModuleType, place: Path, tmp_pa
 def test_a_missed_target_is_called_so(module: ModuleType, place: Path, tmp_path: Path) -> None:
     """Above Only Question, below In-Context, a quarter of the way; and no way at all is none."""
     scores = write_scores(tmp_path / "scores", place, shine=0.19, worlds=0.3, perplexity_loss=3.0, cosine=0.9)
-    page = module.write_card(scores, place).read_text(encoding="utf-8")
+    page = module.write_card(place, scores).read_text(encoding="utf-8")
     missed = [line.split("|")[1].strip() for line in page.splitlines() if line.endswith("**missed** |")]
     assert [line.split(":")[0].split(" ")[0] for line in missed] == ["SQuAD", "SQuAD", "reconstruction", "invented", "cosine"]
     assert "intervals apart | 19.0 [19.0, 19.0] against 10.0 [10.0, 10.0]; paired +9.0 [+9.0, +9.0] | reached |" in page
@@ -135,11 +161,58 @@ def test_a_missed_target_is_called_so(module: ModuleType, place: Path, tmp_path:
     assert "It misses 5 of its targets" in page
 
 
-def test_scores_of_another_hypernetwork_make_no_card(module: ModuleType, place: Path, tmp_path: Path) -> None:
-    scores = write_scores(tmp_path / "scores", tmp_path / "other", shine=0.4, worlds=0.7, perplexity_loss=1.0, cosine=0.5)
-    with pytest.raises(ValueError, match=r"scored .*other.*, not .*model.hypernetwork; run score\.sh on that"):
-        module.write_card(scores, place)
+def spoil(place: Path, part: str) -> None:
+    """Other weights under the same name."""
+    file = next((place / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("part", "test"), [("hypernetwork", "test"), ("reader", "test")])
+def test_scores_of_other_weights_make_no_card(part: str, test: str, module: ModuleType, place: Path, tmp_path: Path) -> None:
+    scores = write_scores(tmp_path / "scores", place, shine=0.4, worlds=0.7, perplexity_loss=1.0, cosine=0.5)
+    spoil(place, part)
+    with pytest.raises(ValueError, match=rf"{test}: scored other weights than .*model.hypernetwork; run score\.sh on that"):
+        module.write_card(place, scores)
     assert not (place / "README.md").exists()
+
+
+def test_a_card_is_made_anew_of_what_was_kept(module: ModuleType, place: Path, tmp_path: Path) -> None:
+    """The same page; and none once the weights are others."""
+    with pytest.raises(ValueError, match=r"scores\.json: is not of the weights beside it"):
+        module.write_card(place)
+    scores = write_scores(tmp_path / "scores", place, shine=0.4, worlds=0.7, perplexity_loss=1.0, cosine=0.5)
+    page = module.write_card(place, scores, chosen_on={"squad": 7}).read_text(encoding="utf-8")
+    assert "7 of the 20 (SQuAD, unseen articles)" in " ".join(page.split())
+    assert module.write_card(place).read_text(encoding="utf-8") == page
+    spoil(place, "hypernetwork")
+    with pytest.raises(ValueError, match=r"scores\.json: is not of the weights beside it; run score\.sh"):
+        module.write_card(place)
+
+
+def test_a_card_tells_what_earlier_versions_scored(module: ModuleType, place: Path, tmp_path: Path) -> None:
+    """Each once, however often its scores are written; better ones promise more, and one that is worse does not."""
+    before = 0.2
+    for shine, worlds in ((0.2, 0.5), (0.2, 0.5), (0.3, 0.6), (0.25, 0.7)):
+        if shine != before:
+            spoil(place, "hypernetwork")
+        scores = write_scores(tmp_path / "scores", place, shine=shine, worlds=worlds, perplexity_loss=1.0, cosine=0.5)
+        page = " ".join(module.write_card(place, scores).read_text(encoding="utf-8").split())
+        before = shine
+    kept = json.loads((place / "scores.json").read_text())
+    assert [round(version["scores"]["squad"]["value"]) for version in kept["before"]] == [20, 30]
+    assert "SQuAD's F1 from 20.0 to 30.0, worlds from 50.0 to 60.0" in page
+    assert "SQuAD's F1 from 30.0 to 25.0" in page
+    assert "Every version improved" not in page
+
+
+def test_a_card_shows_the_first_answers(module: ModuleType, place: Path, tmp_path: Path) -> None:
+    """The first question of the first contexts, whatever they are like, in one line each."""
+    scores = write_scores(tmp_path / "scores", place, shine=0.4, worlds=0.7, perplexity_loss=1.0, cosine=0.5)
+    page = module.write_card(place, scores).read_text(encoding="utf-8")
+    shown = [line.split(" | ") for line in page.splitlines() if re.match(r"\| (squad|worlds) \d 0\?", line)]
+    assert [cells[0] for cells in shown] == [f"| {source} {n} 0?" for source in ("squad", "worlds") for n in range(4)]
+    assert all(cells[1] == "right" and cells[2].startswith("shine / so so") and cells[2].endswith("…") for cells in shown)
 
 
 def test_a_source_that_is_learned_several_times_is_named_once(module: ModuleType) -> None:

@@ -38,9 +38,14 @@ def example(path: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
+    # Dataclasses look their module up, and a program finds those beside it.
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    folder = str((ROOT / "examples" / path).parent)
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(folder)
     return module
 
 
@@ -159,11 +164,32 @@ def test_smollm2_says_what_it_is() -> None:
             low, high = found["intervals"]["f1"]
             assert f"{found['f1']:.1f} [{low:.1f}, {high:.1f}]" in card
     assert set(scores["answers"]["sources"]["squad"]["methods"]) == {"shine", "in_context", "in_context_tuned", "only_question"}
-    assert card.count("| reached |") + card.count("| **missed** |") == 6
+    module = example("smollm2/card.py")
+    results = module.Results.read(scores)
+    reached = [target.reached for target in module.targets(results)]
+    assert len(reached) == 6
+    assert ["reached" in line for line in card.splitlines() if line.endswith((" reached |", " **missed** |"))] == reached
     assert "non-commercial research" in (SMOLLM2 / "LICENSE-WEIGHTS").read_text(encoding="utf-8")
     assert "(LICENSE-WEIGHTS)" in card
     assert (SMOLLM2 / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(example("smollm2/card.py").read_recipe(run)["stage"]["name"] for run in (SMOLLM2 / "training").iterdir())
+    # The page is that of these figures, and these are of the weights beside them.
+    version = module.Version.read(scores["version"])
+    assert version.weights == module.digest_of(SMOLLM2)
+    contexts = module.contexts_read(module.read_runs(SMOLLM2 / "training"))
+    assert version == results.version(version.weights, rank=version.rank, contexts=contexts)
+    assert module.page(SMOLLM2, results, version) == card
+
+
+def test_smollm2_was_not_trained_on_what_it_is_scored_on() -> None:
+    """No kept recipe draws worlds or stories of a seed that scores are measured on, or reads the unseen articles' part of SQuAD."""
+    module = example("smollm2/card.py")
+    tested = composed(EvaluationConfig, "test", ["experiment=smollm2", "output=x"]).data.test
+    assert f"--seed {module.SCORED_SEEDS[1]} " in (ROOT / "examples" / "smollm2" / "score.sh").read_text()
+    assert (tested["worlds"].options["seed"], tested["squad"].split) == (module.SCORED_SEEDS[0], "validation")
+    for _, run in module.read_runs(SMOLLM2 / "training"):
+        for source in module.read_recipe(run)["data"].values():
+            assert source["kind"] not in ("worlds", "stories") or source["options"].get("seed", 0) not in module.SCORED_SEEDS
+            assert source["split"] == "train"
 
 
 @pytest.mark.slow

@@ -1,30 +1,27 @@
 """Write the model card of what ships as ``smollm2-135m``, with its curves, from measured results alone::
 
-    python examples/smollm2/card.py outputs/smollm2-scores
+    python examples/smollm2/card.py outputs/smollm2-scores --chosen-on squad=229 worlds=196
 
-The folder is that of ``examples/smollm2/score.sh``; the curves are those of the runs that ``examples/ship.py`` kept.
+The folder is that of ``examples/smollm2/score.sh``; without one, page and picture are made anew of what ``scores.json`` keeps, what
+versions before this one scored among it. The curves are those of the runs that ``examples/ship.py`` kept.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from curves import Runs, contexts_read, curves, read_recipe, read_runs, validation_losses
+from results import SET_TITLES, Results, Version, check_scored, compared, digest_of, targets
 
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-
-from shine.checkpoint import CheckpointInfo, read_info, read_weights
-from shine.evaluation.plots import STAGE_COLORS, read_metrics, smooth
+from shine.checkpoint import WEIGHTS_FILE, CheckpointInfo, read_info, read_weights
+from shine.evaluation.plots import read_metrics
 from shine.evaluation.statistics import Estimate
 from shine.evaluation.tables import title_of
 from shine.m2p import MEASURED
@@ -32,141 +29,25 @@ from shine.training.tuning import TRAINING_FILE
 from shine.zoo import ASSETS
 
 PLACE = ASSETS / "smollm2-135m"
-Runs = Sequence[tuple[str, Path]]
-"""What was kept of each training run, oldest first: its stage, numbered where one comes twice, and its folder."""
-COLORS = dict(zip(("pretrain", "mqa", "1qa"), STAGE_COLORS, strict=True))
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 CURVES, CARD, SCORES = "curves.png", "README.md", "scores.json"
-SET_TITLES = {"squad": "SQuAD, unseen articles", "worlds": "invented worlds, unseen"}
-PANELS = (
-    ("loss", "training loss a label token (nats)", "loss"),
-    ("validation", "the same, unseen contexts", "/loss"),
-    ("gap", "gap: the label under another context's adapter", "validation/adapter_gap"),
-    ("cosine", "cosine between adapters of two contexts", "validation/adapter_cosine"),
-)
-
-
-@dataclass(frozen=True)
-class Target:
-    """What was wanted of a score, and what came."""
-
-    wanted: str
-    measured: str
-    reached: bool
-
-
-@dataclass(frozen=True)
-class Results:
-    """The summaries of ``test.py``, ``test_pretrain.py`` and the figures of ``shine trust``."""
-
-    answers: Mapping[str, Any]
-    texts: Mapping[str, Any]
-    trust: Mapping[str, Any]
-
-    @staticmethod
-    def read(folder: Path) -> Results:
-        """From the folder of ``score.sh``."""
-        files = ("test/summary.json", "test_pretrain/summary.json", "trust/trust.json")
-        return Results(*(json.loads((folder / file).read_text(encoding="utf-8")) for file in files))
-
-    def score(self, source: str, method: str, name: str) -> Estimate:
-        """A score in percent."""
-        found = self.answers["sources"][source]["methods"][method]
-        return Estimate(found[name], *found["intervals"][name])
-
-    def ahead(self, source: str, ours: str, theirs: str, name: str) -> Estimate:
-        """How much one method is ahead of another."""
-        return Estimate(**self.answers["sources"][source]["differences"][f"{ours} - {theirs}"][name])
-
-    def way_to_tuned(self, source: str, name: str) -> Estimate | None:
-        """SHINE's way from Only Question to In-Context, tuned."""
-        found = self.answers["sources"][source]["ways"]["shine"]["in_context_tuned"][name]
-        return Estimate(**found) if found else None
-
-    def perplexity(self, method: str, task: str, bound: str = "") -> Estimate:
-        """Of texts given back, all or those of up to ``bound`` tokens."""
-        found = self.texts["sources"]["wikitext"]["methods"][method][task]
-        found = found["lengths"][bound] if bound else found
-        return Estimate(found["perplexity"], *found["intervals"]["perplexity"])
-
-    def adapters(self) -> dict[str, Mapping[str, float]]:
-        """Mean cosine and effective rank of SHINE's adapters, by set."""
-        return {name: found["methods"]["shine"]["adapters"] for name, found in self.answers["sources"].items()}
-
-
-def targets(results: Results) -> list[Target]:
-    """What was wanted, against what was measured."""
-    ours, only_question = (results.score("squad", method, "f1") for method in ("shine", "only_question"))
-    above_untuned = results.ahead("squad", "shine", "in_context", "f1")
-    way = results.way_to_tuned("squad", "f1")
-    given_back = results.perplexity("shine", "reconstruct")
-    worlds, without = (results.score("worlds", method, "em") for method in ("shine", "only_question"))
-    cosines = {name: found["cosine"] for name, found in results.adapters().items()}
-    return [
-        Target(
-            "SQuAD: SHINE's F1 above Only Question's, intervals apart",
-            f"{ours:.1f} against {only_question:.1f}; paired {results.ahead('squad', 'shine', 'only_question', 'f1'):+.1f}",
-            ours.low > only_question.high,
-        ),
-        Target("SQuAD: SHINE above untuned In-Context, F1", f"{above_untuned:+.1f}", above_untuned.low > 0),
-        Target(
-            "SQuAD: at least 50 % of the way to In-Context, tuned, F1",
-            f"{way:.1f} %" if way else "no way to go",
-            bool(way and way.value >= 50),
-        ),
-        Target("reconstruction of 100 to 300 tokens: perplexity below 4", f"{given_back:.2f}", given_back.value < 4),
-        Target(
-            "invented worlds: at least 60 % exact, under 5 % without the context",
-            f"{worlds:.1f} and {without:.1f}",
-            worlds.value >= 60 and without.value < 5,
-        ),
-        Target(
-            "cosine between adapters of different contexts below 0.8",
-            ", ".join(f"{value:.3f} ({SET_TITLES[name]})" for name, value in cosines.items()),
-            max(cosines.values()) < 0.8,
-        ),
-    ]
-
-
-def curves(folder: Path, runs: Runs) -> None:
-    """Training and validation loss, gap and cosine over the steps of all runs, one stage after the other."""
-    figure, grid = plt.subplots(2, 2, figsize=(10, 6.4), constrained_layout=True)
-    for axes, (kind, title, name) in zip(grid.flat, PANELS, strict=True):
-        done = 0
-        for numbered, run in runs:
-            stage = numbered.split()[0]
-            for metric in [name] if kind != "validation" else _validation_losses(run):
-                steps, values = read_metrics(run, metric)
-                _draw(axes, [done + step for step in steps], values, color=COLORS[stage], label=stage, noisy=kind == "loss")
-            done += read_metrics(run, "loss")[0][-1]
-        axes.set(title=title, xlabel="optimizer step", xlim=(0, None))
-        axes.title.set_fontsize(10)
-        axes.spines[["top", "right"]].set_visible(False)
-    handles = {label: handle for handle, label in zip(*grid[0, 0].get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), frameon=False, loc="outside lower center", ncols=len(handles))
-    figure.savefig(folder / CURVES, dpi=110)
-    plt.close(figure)
-
-
-def _validation_losses(run: Path) -> list[str]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return sorted({name for row in rows for name in row if name.startswith("validation/") and name.endswith("/loss")})
-
-
-def _draw(axes: Axes, places: list[int], values: list[float], *, color: str, label: str, noisy: bool) -> None:
-    if noisy:
-        axes.plot(places, values, color=color, linewidth=1, alpha=0.35)
-        values = smooth(values, max(len(values) // 12, 1))
-    axes.plot(places, values, "-" if noisy else "o-", color=color, linewidth=2, markersize=4, label=label)
+AGAIN_FILE = "again.json"
+"""Beside a run's metrics: what was measured of its end later, and on what."""
+SCORED_SEEDS = (3000, 9000)
+"""Of the worlds that scores are measured on: ``configs/source/worlds_unseen.yaml`` and ``score.sh``."""
+LONGEST_CELL = 60
 
 
 def card(
-    results: Results, info: CheckpointInfo, *, runs: Runs, reader: Mapping[str, Any], parameters: int, size: int
+    results: Results, info: CheckpointInfo, *, version: Version, runs: Runs, reader: Mapping[str, Any], parameters: int, size: int
 ) -> Iterator[str]:
     """The lines of the page."""
     yield from _front()
     yield from _summary(results, info, parameters=parameters, size=size)
     yield from _scores(results)
+    yield from _how_measured(results)
+    yield from _samples(results)
+    yield from _more_training(results, version)
     yield from _training(runs, reader)
     yield from _limits(results)
 
@@ -197,7 +78,7 @@ def _summary(results: Results, info: CheckpointInfo, *, parameters: int, size: i
     yield from ['shine.chat(lora, "What is the job of Zoran?")', "```", ""]
     yield from _paragraph(
         "For research only: it learned from RACE and BBC text, see [LICENSE-WEIGHTS](LICENSE-WEIGHTS). "
-        "`sh examples/smollm2/score.sh` measures everything on this page; `sh examples/smollm2/train.sh` goes on training from "
+        "`sh examples/smollm2/score.sh` measures all scores on this page; `sh examples/smollm2/train.sh` goes on training from "
         "here."
     )
 
@@ -224,9 +105,78 @@ def _scores(results: Results) -> Iterator[str]:
         cells = [f"{results.perplexity(method, 'reconstruct', bound):.1f}" for bound in bounds]
         cells += [f"{results.perplexity(method, task):.1f}" for task in ("reconstruct", "complete")]
         yield f"| {title_of(method)} | {' | '.join(cells)} |"
-    yield from ["", "**Adapters of different contexts**", "", "| | mean cosine | effective rank |", "|---|---:|---:|"]
+    yield from ["", "**Adapters of different contexts**: the effective rank is how many directions an update uses", ""]
+    yield from ["| | mean cosine | effective rank |", "|---|---:|---:|"]
     for source, adapters in results.adapters().items():
         yield f"| {SET_TITLES[source]} | {adapters['cosine']:.3f} | {adapters['effective_rank']:.2f} |"
+
+
+def _how_measured(results: Results) -> Iterator[str]:
+    found = results.texts["sources"]["wikitext"]["methods"]["shine"]
+    lengths = found["reconstruct"]["lengths"]
+    each = ", ".join(f"{length['texts']} of up to {bound} tokens" for bound, length in lengths.items())
+    chosen = " and ".join(
+        f"{count} of the {results.answers['sources'][source]['methods']['shine']['questions']} ({SET_TITLES[source]})"
+        for source, count in results.chosen_on.items()
+    )
+    yield ""
+    yield from _paragraph(
+        f"The perplexities are of {found['texts']} texts, {each}; what is longer than the contexts of the table under *Training* "
+        "is longer than anything learned from. SQuAD's questions are about a fifth of the passages of ten articles, on other "
+        "passages of which the runs were watched."
+    )
+    if chosen:
+        yield ""
+        yield from _paragraph(f"Checkpoints had been compared on some of the questions, {chosen}: this one may look too good.")
+
+
+def _samples(results: Results) -> Iterator[str]:
+    if not results.samples:
+        return
+    methods = list(results.samples[0]["answers"])
+    yield from ["", "**The first questions, as they were answered**", ""]
+    yield f"| question | right | {' | '.join(title_of(method) for method in methods)} |"
+    yield "|---|---|" + "---|" * len(methods)
+    for sample in results.samples:
+        cells = [sample["question"], sample["right"], *(sample["answers"][method] for method in methods)]
+        yield f"| {' | '.join(_cell(cell) for cell in cells)} |"
+
+
+def _cell(text: str) -> str:
+    """One line of a table, cut where it rambles."""
+    line = " ".join(text.replace("|", "/").split())
+    return line if len(line) <= LONGEST_CELL else line[: LONGEST_CELL - 2].rstrip() + " …"
+
+
+def _more_training(results: Results, version: Version) -> Iterator[str]:
+    yield from ["", "## What more training would do", "", f"![Scores of each version, and what its runs watched]({CURVES})", ""]
+    told = []
+    for before, after in pairwise([*results.before, version]):
+        steps = [
+            f"{what} from {before.scores[name].value:.1f} to {after.scores[name].value:.1f}"
+            for name, what in (("squad", "SQuAD's F1"), ("worlds", "worlds"), ("texts", "perplexity"))
+        ]
+        other = f" (another hypernetwork, rank {after.rank} for {before.rank})" if after.rank != before.rank else ""
+        told.append(f"{before.contexts:,} to {after.contexts:,} contexts{other}: {', '.join(steps)}.")
+    half = compared(results)[0].lines
+    missing = half["wanted: half of the way to In-Context, tuned"] - version.scores["squad"].value
+    yield from _paragraph(
+        " ".join(told)
+        + " Every version improved on the one before in all three, and the losses were still falling where each run ended, so more "
+        "of the same should help; the intervals of neighbouring versions overlap. "
+        f"Half of the way on SQuAD is another {missing:.0f} points of F1: not in sight of runs of this length."
+        if told and _all_better(results.before, version)
+        else " ".join([*told, f"Half of the way on SQuAD is another {missing:.0f} points of F1."])
+    )
+
+
+def _all_better(before: Sequence[Version], version: Version) -> bool:
+    better = {"squad": 1, "worlds": 1, "texts": -1}
+    return all(
+        (after.scores[name].value - earlier.scores[name].value) * sign > 0
+        for earlier, after in pairwise([*before, version])
+        for name, sign in better.items()
+    )
 
 
 def _answers(results: Results, source: str, title: str) -> Iterator[str]:
@@ -243,15 +193,16 @@ def _answers(results: Results, source: str, title: str) -> Iterator[str]:
 
 
 def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
-    yield from ["", "## Training", "", f"![Losses, gap and cosine over the steps]({CURVES})", ""]
-    columns = ["stage", "learned from", "steps x contexts", "tokens, context / conversation", "optimizer, learning rate"]
+    yield from ["", "## Training", ""]
+    columns = ["stage", "learned from", "steps x contexts", "tokens, context / conversation", "optimizer, learning rate", "on"]
     yield f"| {' | '.join(columns)} | loss on unseen contexts, about half way and at the end | gap | cosine |"
-    yield "|---|---|---:|---:|---|---|---:|---:|"
+    yield "|---|---|---:|---:|---|---|---|---:|---:|"
+    notes = []
     for stage, run in runs:
         recipe, steps = read_recipe(run)["stage"], read_metrics(run, "loss")[0][-1]
         sources = ", ".join(_sources(read_recipe(run)["data"]))
         ends = []
-        for name in _validation_losses(run):
+        for name in validation_losses(run):
             at, values = read_metrics(run, name)
             before = min(zip(at, values, strict=True), key=lambda point: (abs(point[0] - steps / 2), -point[0]))
             half_way = f"{before[1]:.2f} at {before[0]}, " if before[0] < at[-1] else ""
@@ -259,13 +210,25 @@ def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
         gap, cosine = (_last(read_metrics(run, f"validation/adapter_{name}")[1]) for name in ("gap", "cosine"))
         lengths = f"{recipe['context_length']} / {recipe['conversation_length']}"
         rate = f"{OPTIMIZERS[recipe.get('optimizer', 'adamw')]} {recipe['learning_rate']:g}"
-        cells = [sources, f"{steps:,} x {recipe['batch_size']}", lengths, rate, "; ".join(ends) or "not watched", gap, cosine]
-        yield f"| {stage} | {' | '.join(cells)} |"
+        watched = "; ".join(ends) or "not watched"
+        if (again := run / AGAIN_FILE).exists():
+            found = json.loads(again.read_text(encoding="utf-8"))
+            watched += " *"
+            figures = ", ".join(f"{name} {found[name]:.2f}" for name in ("loss", "gap", "cosine"))
+            notes.append(f"\\* {stage}, {found['about']}: {figures}.")
+        size = f"{steps:,} x {recipe['batch_size']}"
+        yield f"| {' | '.join([stage, sources, size, lengths, rate, _device(run), watched, gap, cosine])} |"
+    for note in notes:
+        yield ""
+        yield from _paragraph(note)
     yield ""
     yield from _paragraph(
-        "Losses in nats a label token; the gap is how much worse a label is foretold under another context's adapter, zero "
-        "if adapters held nothing. The learning rate falls to zero within each stage, so a part of what a stage gains at its end "
-        "is that. "
+        f"{contexts_read(runs):,} contexts in all, each counted as often as it was read. Losses in nats a label token; the gap is "
+        "how much worse a label is foretold under another context's adapter, zero if adapters held nothing. Each run watched "
+        "questions of its own, as many as its batches held, so these columns compare within a row. The learning rate falls to zero "
+        "within each stage, so a part of what a stage gains at its end is that. *transmla* are the texts of the first row below; "
+        "*gaps* and *pieces* are passages with questions made of their own sentences, *recitations* pieces to give back, *stories* "
+        "and *worlds* invented. "
         "Recipes: `training/`, `configs/experiment/smollm2.yaml` and `smollm2_gpu.yaml`; what was tried, and what did not help: "
         "`docs/training_log.md`."
     )
@@ -283,8 +246,15 @@ def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
     yield "| invented worlds and stories (`shine/data/worlds.py`, `stories.py`) | mqa, 1qa | Apache-2.0 |"
     yield ""
     yield from _paragraph(
-        "Never learned from: WikiText-2, the ten SQuAD articles that `configs/source/squad_unseen.yaml` names, worlds of seed 3000."
+        "Never learned from: WikiText-2, the ten SQuAD articles that `configs/source/squad_unseen.yaml` names, worlds of the seeds "
+        f"{' and '.join(map(str, SCORED_SEEDS))}."
     )
+
+
+def _device(run: Path) -> str:
+    """What a run computed on, as its recipe has it."""
+    named = read_recipe(run).get("versions", {}).get("device", "")
+    return named if "NVIDIA" in named else "two CPU cores"
 
 
 def _last(values: Sequence[float]) -> str:
@@ -327,22 +297,6 @@ def _size_of(name: str, source: Mapping[str, Any]) -> str:
     return f"{name.replace('_', ' ')} ({count:,})" if count else name.replace("_", " ")
 
 
-def read_recipe(run: Path) -> Mapping[str, Any]:
-    """The recipe that `examples/ship.py` kept of a run."""
-    found: Mapping[str, Any] = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
-    return found
-
-
-def read_runs(training: Path) -> Runs:
-    """The runs in a folder that `examples/ship.py` wrote."""
-    found, runs = sorted(training.iterdir()), list[tuple[str, Path]]()
-    stages = [read_recipe(run)["stage"]["name"] for run in found]
-    for number, (stage, run) in enumerate(zip(stages, found, strict=True)):
-        before = stages[:number].count(stage)
-        runs.append((f"{stage} {before + 1}" if before else stage, run))
-    return runs
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -351,40 +305,60 @@ def _paragraph(text: str) -> list[str]:
     return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
-def write_card(scores: Path, place: Path) -> Path:
+def write_card(place: Path, scores: Path | None = None, *, chosen_on: Mapping[str, int] | None = None) -> Path:
     """Write the card, the curves and the figures they come from into the model's folder.
 
     Args:
-        scores: the folder of ``score.sh``.
         place: the folder of the package that holds the model.
+        scores: the folder of ``score.sh``; without one, of what ``scores.json`` in ``place`` keeps.
+        chosen_on: see `Results`.
 
     Raises:
         ValueError: the scores are not of the hypernetwork that lies there.
     """
-    results, info = Results.read(scores), read_info(place / "hypernetwork")
+    kept = json.loads((place / SCORES).read_text(encoding="utf-8")) if (place / SCORES).exists() else None
+    weights, runs, info = digest_of(place), read_runs(place / "training"), read_info(place / "hypernetwork")
     assert info is not None
-    for summary in (results.answers, results.texts):
-        if Path(summary["config"]["checkpoint"]).resolve() != (place / "hypernetwork").resolve():
-            raise ValueError(
-                f"{scores}: scored {summary['config']['checkpoint']}, not {place / 'hypernetwork'}; run score.sh on that"
-            )
-    runs, reader = read_runs(place / "training"), json.loads((place / "reader" / TRAINING_FILE).read_text(encoding="utf-8"))
-    trained = [tensor for name, tensor in read_weights(place / "hypernetwork").items() if not name.startswith(MEASURED)]
-    parameters = sum(tensor.numel() for tensor in trained)
-    curves(place, runs)
-    size = (place / "hypernetwork" / "hypernetwork.safetensors").stat().st_size
-    lines = card(results, info, runs=runs, reader=reader, parameters=parameters, size=size)
-    (place / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    kept = {"answers": _without_paths(results.answers), "texts": _without_paths(results.texts), "trust": results.trust}
-    (place / SCORES).write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if scores is not None:
+        check_scored(scores, place)
+        before = [Version.read(version) for version in kept["before"]] if kept else []
+        if kept and kept["version"]["weights"] != weights:
+            before.append(Version.read(kept["version"]))
+        results = Results.of(scores, chosen_on=chosen_on or {}, before=before)
+    else:
+        if kept is None or kept["version"]["weights"] != weights:
+            raise ValueError(f"{place / SCORES}: is not of the weights beside it; run score.sh and name its folder")
+        results = Results.read(kept)
+    version = results.version(weights, rank=info.hypernetwork.rank, contexts=contexts_read(runs))
+    curves(place / CURVES, runs, [*results.before, version], compared(results))
+    (place / CARD).write_text(page(place, results, version), encoding="utf-8")
+    (place / SCORES).write_text(json.dumps(results.kept(version), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return place / CARD
 
 
-def _without_paths(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """A summary without what it says of the machine that it was made on."""
-    config = {name: summary["config"].get(name) for name in ("methods", "max_new_tokens", "seed", "prompts", "stage")}
-    return {"config": config, **{name: value for name, value in summary.items() if name != "config"}}
+def page(place: Path, results: Results, version: Version) -> str:
+    """The card of the model that lies in ``place``."""
+    info, runs = read_info(place / "hypernetwork"), read_runs(place / "training")
+    assert info is not None
+    reader = json.loads((place / "reader" / TRAINING_FILE).read_text(encoding="utf-8"))
+    trained = [tensor for name, tensor in read_weights(place / "hypernetwork").items() if not name.startswith(MEASURED)]
+    parameters = sum(tensor.numel() for tensor in trained)
+    size = (place / "hypernetwork" / WEIGHTS_FILE).stat().st_size
+    lines = card(results, info, version=version, runs=runs, reader=reader, parameters=parameters, size=size)
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Read the command line and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scores", nargs="?", type=Path, help="the folder of score.sh (default: what was kept of the last one)")
+    parser.add_argument(
+        "--chosen-on", nargs="+", default=[], metavar="SOURCE=QUESTIONS", help="that checkpoints were compared on before"
+    )
+    args = parser.parse_args()
+    chosen_on = {source: int(count) for source, _, count in (words.partition("=") for words in args.chosen_on)}
+    print(write_card(PLACE, args.scores, chosen_on=chosen_on))
 
 
 if __name__ == "__main__":
-    print(write_card(Path(sys.argv[1]), PLACE))
+    main()

@@ -32,5 +32,5 @@ done
     "methods=[shine,in_context,in_context_tuned,only_question]" max_new_tokens=24 "$@"
 "$python" test_pretrain.py experiment=smollm2 "checkpoint=$checkpoint" "output=$out/test_pretrain" \
     stage.context_length=320 "$@"
-"$python" -m shine.cli.main trust "$checkpoint" --contexts 16 --knowledge examples/knowledge.jsonl --output "$out/trust"
+"$python" -m shine.cli.main trust "$checkpoint" --contexts 16 --seed 9000 --knowledge examples/knowledge.jsonl --output "$out/trust"
 "$python" -m shine.cli.main report "$out/test" "$out/test_pretrain" --output "$out/report"

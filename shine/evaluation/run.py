@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import product
@@ -206,20 +206,26 @@ def _plan(
     # All fine-tuned methods learn from the same.
     lessons = [method.lessons for method in methods if isinstance(method, FineTuned)][:1]
     digest.update(repr(lessons).encode("utf-8", "surrogatepass"))
-    weights = hashlib.sha256()
-    if config.checkpoint is not None and "shine" in config.methods:
-        _add_tensors(weights, read_weights(config.checkpoint))
-    for method in methods:
-        if isinstance(method, InContextTuned):
-            for index in range(2):
-                _add_tensors(weights, {path: pair[index] for path, pair in method.reader.items()})
+    scored = config.checkpoint if "shine" in config.methods else None
+    weights = weights_digest(scored, [method.reader for method in methods if isinstance(method, InContextTuned)])
     values = asdict(config)
     for key in ("output", "checkpoint", "reader", "data", "resume"):
         values.pop(key)
     model = str(fingerprint(methods[0].speaker.backbone.model, tokenizer))
     code = hashlib.sha256(b"".join(file.read_bytes() for file in CODE)).hexdigest()[:16]
-    plan = {"config": values, "examples": digest.hexdigest()[:16], "weights": weights.hexdigest()[:16], "backbone": model}
+    plan = {"config": values, "examples": digest.hexdigest()[:16], "weights": weights, "backbone": model}
     return units, order, {**plan, "code": code, "libraries": {name: version(name) for name in LIBRARIES}}
+
+
+def weights_digest(checkpoint: str | Path | None, readers: Iterable[LoRA]) -> str:
+    """What tells the trained weights of an evaluation from others: those of a checkpoint, and readers as they are worn."""
+    digest = hashlib.sha256()
+    if checkpoint is not None:
+        _add_tensors(digest, read_weights(checkpoint))
+    for reader in readers:
+        for index in range(2):
+            _add_tensors(digest, {path: pair[index] for path, pair in reader.items()})
+    return digest.hexdigest()[:16]
 
 
 def _add_tensors(digest: hashlib._Hash, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -1,0 +1,226 @@
+"""What was measured of the versions of ``smollm2-135m``, as ``scores.json`` keeps it, and what was wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shine.checkpoint import WEIGHTS_FILE
+from shine.evaluation.results import PLAN_FILE, PREDICTIONS_FILE
+from shine.evaluation.run import weights_digest
+from shine.evaluation.statistics import Estimate
+from shine.lora import LoRA
+
+SET_TITLES = {"squad": "SQuAD, unseen articles", "worlds": "invented worlds, unseen"}
+SAMPLES_OF_EACH = 4
+
+
+@dataclass(frozen=True)
+class Version:
+    """What was shipped once, and what it scored.
+
+    Attributes:
+        weights: the start of the SHA-256 of its file.
+        contexts: how many it had learned from, each as often as it was read.
+        scores: by name, as `SCORES` has them.
+    """
+
+    weights: str
+    rank: int
+    contexts: int
+    scores: Mapping[str, Estimate]
+
+    def kept(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+    @staticmethod
+    def read(kept: Mapping[str, Any]) -> Version:
+        """From `kept`."""
+        scores = {name: Estimate(**found) for name, found in kept["scores"].items()}
+        return Version(kept["weights"], kept["rank"], kept["contexts"], scores)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score that every version has.
+
+    Attributes:
+        lines: what it is held against, by name.
+    """
+
+    name: str
+    title: str
+    lines: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What ``scores.json`` keeps of the weights that lie beside it.
+
+    Attributes:
+        answers, texts, trust: the summaries of ``test.py`` and ``test_pretrain.py`` and the figures of ``shine trust``.
+        samples: the first questions of ``test.py`` with what each method answered.
+        chosen_on: by source, how many of the questions had been used to choose these weights before all were asked.
+        before: the versions that shipped before.
+    """
+
+    answers: Mapping[str, Any]
+    texts: Mapping[str, Any]
+    trust: Mapping[str, Any]
+    samples: Sequence[Mapping[str, Any]]
+    chosen_on: Mapping[str, int]
+    before: Sequence[Version]
+
+    @staticmethod
+    def of(folder: Path, *, chosen_on: Mapping[str, int], before: Sequence[Version]) -> Results:
+        """From the folder of ``score.sh``."""
+        answers, texts, trust = (
+            json.loads((folder / file).read_text(encoding="utf-8"))
+            for file in ("test/summary.json", "test_pretrain/summary.json", "trust/trust.json")
+        )
+        return Results(_without_paths(answers), _without_paths(texts), trust, _first_answers(folder / "test"), chosen_on, before)
+
+    @staticmethod
+    def read(kept: Mapping[str, Any]) -> Results:
+        """From ``scores.json``."""
+        before = [Version.read(version) for version in kept["before"]]
+        return Results(kept["answers"], kept["texts"], kept["trust"], kept["samples"], kept["chosen_on"], before)
+
+    def kept(self, version: Version) -> dict[str, Any]:
+        """As ``scores.json`` has it."""
+        told = {"samples": self.samples, "chosen_on": self.chosen_on, "answers": self.answers, "texts": self.texts}
+        return {"version": version.kept(), "before": [each.kept() for each in self.before], **told, "trust": self.trust}
+
+    def version(self, weights: str, *, rank: int, contexts: int) -> Version:
+        """These weights, with the scores that are compared from version to version."""
+        scores = {
+            "squad": self.score("squad", "shine", "f1"),
+            "worlds": self.score("worlds", "shine", "em"),
+            "texts": self.perplexity("shine", "reconstruct"),
+        }
+        return Version(weights, rank, contexts, scores)
+
+    def score(self, source: str, method: str, name: str) -> Estimate:
+        """A score in percent."""
+        found = self.answers["sources"][source]["methods"][method]
+        return Estimate(found[name], *found["intervals"][name])
+
+    def ahead(self, source: str, ours: str, theirs: str, name: str) -> Estimate:
+        """How much one method is ahead of another."""
+        return Estimate(**self.answers["sources"][source]["differences"][f"{ours} - {theirs}"][name])
+
+    def way_to_tuned(self, source: str, name: str) -> Estimate | None:
+        """SHINE's way from Only Question to In-Context, tuned."""
+        found = self.answers["sources"][source]["ways"]["shine"]["in_context_tuned"][name]
+        return Estimate(**found) if found else None
+
+    def perplexity(self, method: str, task: str, bound: str = "") -> Estimate:
+        """Of texts given back, all or those of up to ``bound`` tokens."""
+        found = self.texts["sources"]["wikitext"]["methods"][method][task]
+        found = found["lengths"][bound] if bound else found
+        return Estimate(found["perplexity"], *found["intervals"]["perplexity"])
+
+    def adapters(self) -> dict[str, Mapping[str, float]]:
+        """Mean cosine and effective rank of SHINE's adapters, by set."""
+        return {name: found["methods"]["shine"]["adapters"] for name, found in self.answers["sources"].items()}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What was wanted of a score, and what came."""
+
+    wanted: str
+    measured: str
+    reached: bool
+
+
+def targets(results: Results) -> list[Target]:
+    """What was wanted, against what was measured."""
+    ours, only_question = (results.score("squad", method, "f1") for method in ("shine", "only_question"))
+    above_untuned = results.ahead("squad", "shine", "in_context", "f1")
+    way = results.way_to_tuned("squad", "f1")
+    given_back = results.perplexity("shine", "reconstruct")
+    worlds, without = (results.score("worlds", method, "em") for method in ("shine", "only_question"))
+    cosines = {name: found["cosine"] for name, found in results.adapters().items()}
+    return [
+        Target(
+            "SQuAD: SHINE's F1 above Only Question's, intervals apart",
+            f"{ours:.1f} against {only_question:.1f}; paired {results.ahead('squad', 'shine', 'only_question', 'f1'):+.1f}",
+            ours.low > only_question.high,
+        ),
+        Target("SQuAD: SHINE above untuned In-Context, F1", f"{above_untuned:+.1f}", above_untuned.low > 0),
+        Target(
+            "SQuAD: at least 50 % of the way to In-Context, tuned, F1",
+            f"{way:.1f} %" if way else "no way to go",
+            bool(way and way.value >= 50),
+        ),
+        Target("reconstruction of 100 to 300 tokens: perplexity below 4", f"{given_back:.2f}", given_back.value < 4),
+        Target(
+            "invented worlds: at least 60 % exact, under 5 % without the context",
+            f"{worlds:.1f} and {without:.1f}",
+            worlds.value >= 60 and without.value < 5,
+        ),
+        Target(
+            "cosine between adapters of different contexts below 0.8",
+            ", ".join(f"{value:.3f} ({SET_TITLES[name]})" for name, value in cosines.items()),
+            max(cosines.values()) < 0.8,
+        ),
+    ]
+
+
+def compared(results: Results) -> list[Score]:
+    """The scores of the picture, each with what it is held against."""
+    untuned, without, tuned = (
+        results.score("squad", method, "f1").value for method in ("in_context", "only_question", "in_context_tuned")
+    )
+    half = without + (tuned - without) / 2
+    held_against = {"Only Question": without, "In-Context": untuned, "wanted: half of the way to In-Context, tuned": half}
+    return [
+        Score("squad", "SQuAD, unseen articles: F1", held_against),
+        Score("worlds", "invented worlds, unseen: exact, percent", {"wanted": 60.0}),
+        Score("texts", "WikiText-2 given back: perplexity", {"wanted": 4.0}),
+    ]
+
+
+def digest_of(place: Path) -> str:
+    """The start of the SHA-256 of the weights in the model's folder."""
+    return hashlib.sha256((place / "hypernetwork" / WEIGHTS_FILE).read_bytes()).hexdigest()[:16]
+
+
+def check_scored(scores: Path, place: Path) -> None:
+    """Make sure that both tests loaded the weights, and the reader, that lie in ``place``."""
+    for name, readers in (("test", [LoRA.load(place / "reader")]), ("test_pretrain", [])):
+        plan = json.loads((scores / name / PLAN_FILE).read_text(encoding="utf-8"))
+        dtype = getattr(torch, plan["config"]["backbone"]["dtype"])
+        expected = weights_digest(place / "hypernetwork", [reader.to(dtype=dtype) for reader in readers])
+        if plan["weights"] != expected:
+            raise ValueError(f"{scores / name}: scored other weights than {place / 'hypernetwork'}; run score.sh on that")
+
+
+def _first_answers(folder: Path) -> list[dict[str, Any]]:
+    """The first question of the first contexts of each source, with the answer of every method."""
+    rows = [json.loads(line) for line in (folder / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()]
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        if row["turn"] == 0:
+            sample = {"source": row["source"], "question": row["question"], "right": row["answers"][0], "answers": {}}
+            found.setdefault((row["source"], row["id"]), sample)["answers"][row["method"]] = row["prediction"]
+    sources = dict.fromkeys(sample["source"] for sample in found.values())
+    return [
+        sample for source in sources for sample in [each for each in found.values() if each["source"] == source][:SAMPLES_OF_EACH]
+    ]
+
+
+def _without_paths(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary without what it says of the machine that it was made on, and of a training that it does not do."""
+    config = {name: summary["config"].get(name) for name in ("methods", "max_new_tokens", "seed", "prompts")}
+    config["dtype"] = summary["config"]["backbone"]["dtype"]
+    config["context_length"] = summary["config"]["stage"]["context_length"]
+    return {"config": config, **{name: value for name, value in summary.items() if name != "config"}}
