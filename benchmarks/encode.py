@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 from machine import FORWARD_FORMULA, Ratio, alternate, peak_memory, ratio_with_spread, show_limits, show_profile, tf32
-from recipe import FARTHEST, recipe_lora
+from recipe import compare_adapters, recipe_lora
 from subject import DTYPES, MODELS, Subject, load, tokens
 
 from shine.flops import encoding_flops, forward_flops
@@ -83,15 +83,15 @@ def against_the_recipe(subject: Subject, length: int, *, rounds: int) -> None:
     ours()
     peak = peak_memory(theirs, subject.device)
     seconds = alternate({"ours": ours, "theirs": theirs}, rounds=rounds, device=subject.device, warm_up=0)
-    away = found["theirs"].distance(found["ours"])
+    with torch.inference_mode(), tf32():
+        exact = hypernetwork(precise, ids, None)
+    apart = compare_adapters(found["theirs"], ours=found["ours"], exact=exact)
     rates = [length / median(seconds[name]) for name in ("ours", "theirs")]
     print(
         f"a context of {length:,} against the recipe: {rates[0]:,.0f} and {rates[1]:,.0f} useful tokens/s, "
         f"{ratio_with_spread(seconds['theirs'], seconds['ours'])} times as fast; peak of the recipe {peak / 2**30:.2f} GiB; "
-        f"adapters {away:.1%} apart"
+        f"{apart}"
     )
-    if away > FARTHEST:
-        raise SystemExit("the two ways do not compute the same: that is more than rounding explains")
 
 
 def encoder(subject: Subject, length: int) -> Callable[[], None]:

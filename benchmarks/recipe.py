@@ -26,8 +26,23 @@ from shine.flops import training_flops
 from shine.hypernetwork import Hypernetwork
 from shine.lora import LoRA
 
-FARTHEST = 0.25
-"""What bfloat16 may change of an adapter, relative to its norm: a cosine of 0.97."""
+FARTHEST, FARTHEST_IN_FLOAT32 = 0.25, 0.03
+"""What bfloat16 may change of an adapter, relative to its norm (a cosine of 0.97), and what TF32 may, of whose products each is
+rounded an eighth as much; a CPU's float32 changes less than a thousandth.
+"""
+
+
+def compare_adapters(theirs: LoRA, *, ours: LoRA, exact: LoRA) -> str:
+    """Say how far ours is from the recipe's adapter of the same context, as it is timed and in float32; more than rounding ends the
+    program.
+    """
+    away, exactly = theirs.distance(ours), theirs.distance(exact)
+    if not (away <= FARTHEST and exactly <= FARTHEST_IN_FLOAT32):
+        raise SystemExit(
+            f"the two ways do not compute the same: adapters {away:.1%} apart, in float32 {exactly:.4%}; that is more than rounding "
+            "explains"
+        )
+    return f"adapters {away:.1%} apart, in float32 {exactly:.4%}"
 
 
 def recipe_step(

@@ -228,11 +228,38 @@ def test_encoding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert all(0 < float(away) < 25 for *_, away in against)
 
 
-def test_encodings_and_answers_that_differ_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The recipe's adapter four times as strong; and the recipe's answers under no adapter of a model that is another one."""
-    monkeypatch.setattr("encode.recipe_lora", lambda *given, **more: recipe_lora(*given, **more).scale(4.0))
+@pytest.mark.parametrize("strength", [4.0, 1.05])
+def test_encodings_that_differ_are_told(
+    strength: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe's adapter four times as strong, or by less than bfloat16 is allowed, which float32 is not."""
+    monkeypatch.setattr("encode.recipe_lora", lambda *given, **more: recipe_lora(*given, **more).scale(strength))
     with pytest.raises(SystemExit, match="do not compute the same"):
         run("encode", ["--lengths", "32"], monkeypatch, capsys)
+
+
+def test_an_evaluation_whose_adapters_differ_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ours in float32 without its last memory token but one, which stands twice."""
+    encode = Hypernetwork.forward
+
+    def doubled(self: Hypernetwork, backbone: Backbone, *given: Any, **more: Any) -> LoRA:
+        tokens = self.memory_tokens.data
+        kept = tokens[-2].clone()
+        if backbone.dtype == torch.float32:
+            tokens[-2] = tokens[-1]
+        try:
+            return encode(self, backbone, *given, **more)
+        finally:
+            tokens[-2] = kept
+
+    monkeypatch.setattr(Hypernetwork, "forward", doubled)
+    words = ["--contexts", "2", "--questions", "1", "--new", "2", "sets=worlds", "stage.context_length=64"]
+    with pytest.raises(SystemExit, match="do not compute the same"):
+        run("evaluate", words, monkeypatch, capsys)
+
+
+def test_answers_that_differ_are_told() -> None:
+    """The recipe's answers under no adapter of a model that is another one."""
     subject, lora = of_cpu_world(2)
     with torch.no_grad():
         subject.precise.model.get_input_embeddings().weight.mul_(-1)

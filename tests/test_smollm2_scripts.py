@@ -7,13 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
+from test_sources import shared
 
+from shine.checkpoint import read_info
 from shine.cli.doors import composed
 from shine.config import EvaluationConfig, TrainConfig
+from shine.evaluation.plots import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "examples" / "smollm2"
+PARTS = {"squad/plain_text": "squad/plain_text", "race/all": "race/all", "pretrain_text": "transmla_pretrain_6B_tokens"}
+"""Of the development data, and what the configurations call them."""
 
 
 @pytest.fixture
@@ -115,3 +122,32 @@ def test_data_that_is_missing_is_said_first(script: str, missing: str, tmp_path:
     command = f"sh scripts/download_data.sh {missing.partition('/')[0]}"
     assert done.stderr == f"error: there is no {tmp_path}/data/{missing}: {command}, or set SHINE_DATA\n"
     assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.slow
+def test_what_is_shipped_is_trained_on(tmp_path: Path) -> None:
+    """Really, by the documented command, through all three stages, on a few rows of the development data; fetches the backbone."""
+    data = tmp_path / "data"
+    for folder, name in PARTS.items():
+        for split in ("train", "validation"):
+            rows = pq.read_table(shared(folder) / f"{split}-00000-of-00001.parquet")
+            if (folder, split) == ("squad/plain_text", "validation"):
+                rows = rows.filter(pc.equal(rows["title"], "Geology"))
+            (data / name).mkdir(parents=True, exist_ok=True)
+            pq.write_table(rows.slice(0, 300), data / name / f"{split}-00000-of-00001.parquet")
+    small = ["stage.batch_size=4", "stage.micro_batch_size=4", "stage.steps=2", "stage.evaluation_batches=1"]
+    environment = {**os.environ, "PYTHON": sys.executable, "SHINE_DATA": str(data)}
+    command = ["sh", FOLDER / "train.sh", tmp_path / "out", "smollm2-135m", *small]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"trained: {tmp_path}/out/1qa; score it with: sh examples/smollm2/score.sh" in done.stdout
+    before = read_info("smollm2-135m")
+    after = read_info(tmp_path / "out" / "1qa")
+    assert before is not None
+    assert after is not None
+    assert after.stages == (*before.stages, "pretrain", "mqa", "1qa")
+    for stage in ("pretrain-168", "mqa", "1qa"):
+        losses, values = read_metrics(tmp_path / "out" / stage, "loss")
+        # Two steps from trained weights: neither broken nor anew, where random ones begin at the logarithm of 49,152 words.
+        assert losses[-1] == 2
+        assert all(0 < value < 4 for value in values)
