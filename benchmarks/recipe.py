@@ -39,8 +39,7 @@ def compare_adapters(theirs: LoRA, *, ours: LoRA, exact: LoRA) -> str:
     away, exactly = theirs.distance(ours), theirs.distance(exact)
     if not (away <= FARTHEST and exactly <= FARTHEST_IN_FLOAT32):
         raise SystemExit(
-            f"the two ways do not compute the same: adapters {away:.1%} apart, in float32 {exactly:.4%}; that is more than rounding "
-            "explains"
+            f"the two ways do not compute the same: adapters {away:.1%} apart, in float32 {exactly:.4%}: more than rounding does"
         )
     return f"adapters {away:.1%} apart, in float32 {exactly:.4%}"
 

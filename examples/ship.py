@@ -1,8 +1,11 @@
 """Put a trained hypernetwork into the package, where `Shine.from_pretrained(name)` finds it.
 
     python examples/ship.py cpu-world outputs/reproduce/1qa --backbone outputs/reproduce/backbone
-    python examples/ship.py smollm2-135m outputs/smollm2/1qa --dtype bfloat16 --reader outputs/smollm2/reader \
-        --runs outputs/smollm2/pretrain outputs/smollm2/mqa outputs/smollm2/1qa
+    python examples/ship.py smollm2-135m outputs/smollm2/1qa --dtype bfloat16 --reader shine/assets/smollm2-135m/reader \
+        --runs shine/assets/smollm2-135m/training/* outputs/smollm2/pretrain-168 outputs/smollm2/mqa outputs/smollm2/1qa
+
+The second is what follows ``examples/smollm2/train.sh``, which went on from what shipped, so the runs behind that come first; then
+``sh examples/smollm2/score.sh`` and ``python examples/smollm2/card.py outputs/smollm2-scores``.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from shine.zoo import ASSETS
 
 PARTS = ("backbone", "hypernetwork", "reader", "training")
 """Folders of a model in the package that are written here."""
-RECIPE_FILE = "recipe.json"
+RECIPE_FILE, AGAIN_FILE = "recipe.json", "again.json"
 LARGEST = 60e6
 """Bytes that one model may add to the package."""
 MOST_ROUNDED = 0.05
@@ -117,6 +120,9 @@ def _keep_run(run: Path, training: Path, number: int) -> None:
     place = training / f"{number:02}-{recipe['stage']['name']}"
     place.mkdir(parents=True)
     shutil.copyfile(run / METRICS_FILE, place / METRICS_FILE)
+    # What was measured of its end later.
+    if (run / AGAIN_FILE).exists():
+        shutil.copyfile(run / AGAIN_FILE, place / AGAIN_FILE)
     (place / RECIPE_FILE).write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
 
 

@@ -115,7 +115,9 @@ def test_hours_follow_from_rate_and_ranks() -> None:
     ],
 )
 def test_what_will_not_fit_is_said_with_what_would(ranks: int, engine: str, ways: str, tmp_path: Path) -> None:
-    found = needs.Needs(1, 2, "float32", weights=60 * 10**9, activations=30 * 10**9, tokens_per_step=1.0, flops_per_step=1.0, steps=1)
+    found = needs.Needs(
+        1, 2, "float32", weights=60 * 10**9, activations=30 * 10**9, tokens_per_step=1.0, flops_per_step=1.0, steps=1
+    )
     config = train_config("x", tmp_path, engine=engine)
     config = replace(config, backbone=replace(config.backbone, activation_checkpointing=True))
     assert found.warning(room=90 * 10**9, config=config, ranks=ranks) is None

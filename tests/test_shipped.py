@@ -269,9 +269,11 @@ def test_shipping_again_goes_on_from_what_is_there(made: Path) -> None:
     place, ship = made / "assets" / "mine", example("ship.py").ship
     ship(made / "run", place, reader=made / "reader", runs=[made / "run"])
     (place / "LICENSE-WEIGHTS").write_text("stays")
+    (place / "training" / "01-1qa" / "again.json").write_text("measured later")
     write_run(made / "again", stage="mqa")
     assert ship(made / "run", place, runs=[place / "training" / "01-1qa", made / "again"]) == 0
     assert sorted(run.name for run in (place / "training").iterdir()) == ["01-1qa", "02-mqa"]
+    assert (place / "training" / "01-1qa" / "again.json").read_text() == "measured later"
     assert not (place / "reader").exists()
     assert (place / "LICENSE-WEIGHTS").read_text() == "stays"
     assert not list(place.parent.glob("tmp*"))
