@@ -44,8 +44,9 @@ lint: $(READY) ## check style, format and types
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
-bench: $(READY) ## time ours against the published recipe, plain LoRA and a plain forward pass on SmolLM2-135M (at most 15 minutes)
-	@for part in train_step encode generate evaluate; do $(RUN) benchmarks/$$part.py || exit 1; echo; done
+bench: $(READY) ## time ours against the published recipe, plain LoRA and a plain forward pass on SmolLM2-135M (at most 15 minutes where bfloat16 is fast)
+	@for part in train_step encode generate evaluate; do start=$$(date +%s); $(RUN) benchmarks/$$part.py || exit 1; \
+		echo "$$part.py took $$(($$(date +%s) - start)) s"; echo; done
 
 reproduce: $(READY) ## rebuild the CPU world from nothing (at most two hours on two cores)
 	@PYTHON=$(RUN) sh examples/cpu_world/reproduce.sh

@@ -1,7 +1,7 @@
 """A subject in float64 throughout, in which two ways that compute the same are the same to ten digits.
 
-In float32 they need not be: with random tokens, the gradient of what is learned is so badly conditioned that rounding alone moved it
-by 0.2 % on 65 tokens and by 3 % on 400 (SmolLM2-135M with its weights).
+In float32 they need not be: with random tokens, the gradient of what is learned is so badly conditioned that rounding alone moved
+it by 0.2 % on 65 tokens and by 3 % on 400 (SmolLM2-135M with its weights).
 """
 
 from __future__ import annotations

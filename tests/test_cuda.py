@@ -38,6 +38,7 @@ from shine.training.distributed import Ranks
 from shine.training.guard import Guard
 from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE
+from shine.training.muon import orthogonalised
 from shine.training.optimizer import build_optimizer
 from shine.training.step import training_step
 
@@ -154,6 +155,14 @@ def test_a_distilled_step_is_the_cpus() -> None:
     assert loss != pytest.approx(step(*pair("cpu"), samples)[0], rel=1e-3)
     assert found == pytest.approx(loss, rel=1e-4)
     assert_near(there, gradients, away=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_muon_orthogonalises_as_on_the_cpu(dtype: torch.dtype) -> None:
+    matrix = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
+    found = orthogonalised(matrix.to(DEVICE), dtype=dtype).float().cpu()
+    away = 1e-4 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(found, orthogonalised(matrix, dtype=torch.float32), rtol=0, atol=away)
 
 
 def test_bfloat16_is_near_float32() -> None:

@@ -19,7 +19,7 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, made orthogonal, at AdamW's size, with decoupled weight decay.
 
     What ``torch.optim.Muon`` computes with ``adjust_lr_fn="match_rms_adamw"``. That one came with torch 2.9, and takes bfloat16
-    whatever the device: on a CPU that is slow at it as long as the rest of a training step (``docs/performance.md``).
+    whatever the device: on a CPU that is slow at it longer than the rest of a training step (``docs/performance.md``).
 
     Args:
         matrices: what to train; ``DTensor`` shards are gathered by their products.
