@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from test_sources import shared
@@ -131,10 +130,10 @@ def test_what_is_shipped_is_trained_on(tmp_path: Path) -> None:
     for folder, name in PARTS.items():
         for split in ("train", "validation"):
             rows = pq.read_table(shared(folder) / f"{split}-00000-of-00001.parquet")
-            if (folder, split) == ("squad/plain_text", "validation"):
-                rows = rows.filter(pc.equal(rows["title"], "Geology"))
+            # All ten articles that are watched must be there.
+            few = rows if (folder, split) == ("squad/plain_text", "validation") else rows.slice(0, 300)
             (data / name).mkdir(parents=True, exist_ok=True)
-            pq.write_table(rows.slice(0, 300), data / name / f"{split}-00000-of-00001.parquet")
+            pq.write_table(few, data / name / f"{split}-00000-of-00001.parquet")
     small = ["stage.batch_size=4", "stage.micro_batch_size=4", "stage.steps=2", "stage.evaluation_batches=1"]
     environment = {**os.environ, "PYTHON": sys.executable, "SHINE_DATA": str(data)}
     command = ["sh", FOLDER / "train.sh", tmp_path / "out", "smollm2-135m", *small]
