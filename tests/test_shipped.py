@@ -193,6 +193,20 @@ def test_smollm2_was_not_trained_on_what_it_is_scored_on() -> None:
 
 
 @pytest.mark.slow
+def test_smollm2_answers_as_its_card_shows() -> None:
+    """The example of the card, and unseen worlds, most of which it knows; fetches the backbone."""
+    shine = Shine.from_pretrained("smollm2-135m")
+    lora = shine.encode("Zoran works as a baker. Umar lives in Selkirk.")
+    asked = {"What is the job of Zoran?": "baker", "In which town is the home of Umar?": "Selkirk"}
+    assert {question: shine.chat(lora, question) for question in asked} == asked
+    right = []
+    for example in World(seed=3000).examples(8):
+        lora = shine.encode(example.context)
+        right += [shine.chat(lora, turn.question).strip() in turn.answers for turn in example.turns]
+    assert sum(right) > len(right) / 2
+
+
+@pytest.mark.slow
 def test_smollm2_still_scores_what_its_card_says(tmp_path: Path) -> None:
     """On all unseen worlds; fetches the backbone. A tenth of a point is an answer of 1,000."""
     words = [
