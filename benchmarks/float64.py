@@ -9,14 +9,16 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from subject import Subject
 from torch import Tensor
 
 from shine import attention
 from shine.backbone import Backbone
+
+if TYPE_CHECKING:
+    from subject import Subject
 
 
 def in_float64(subject: Subject) -> Subject:
@@ -31,17 +33,19 @@ def in_float64(subject: Subject) -> Subject:
     for module in model.modules():
         kind = type(module).__name__
         if kind.endswith("RMSNorm"):
-            module.forward = MethodType(_normalise, module)
+            module.forward = MethodType(normalise, module)
         elif kind.endswith("RotaryEmbedding"):
-            module.forward = MethodType(_rotate, module)
+            module.forward = MethodType(rotate, module)
     return replace(subject, backbone=backbone, hypernetwork=copy.deepcopy(subject.hypernetwork).double())
 
 
-def _normalise(self: Any, states: Tensor) -> Tensor:
+def normalise(self: Any, states: Tensor) -> Tensor:
+    """The forward pass of an RMS norm, in the type of its states."""
     scaled: Tensor = self.weight * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
     return scaled
 
 
-def _rotate(self: Any, states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+def rotate(self: Any, states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of a rotary embedding, likewise."""
     angles = position_ids[..., None].to(states.dtype) * self.inv_freq.to(states.dtype)
     return torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()

@@ -36,6 +36,8 @@ AGAIN_FILE = "again.json"
 SCORED_SEEDS = (3000, 9000)
 """Of the worlds that scores are measured on: ``configs/source/worlds_unseen.yaml`` and ``score.sh``."""
 LONGEST_CELL = 60
+COMPARED = {"squad": ("SQuAD's F1", 1), "worlds": ("worlds", 1), "texts": ("perplexity", -1)}
+"""The scores of a version: what each is called, and which way is better."""
 
 
 def card(
@@ -47,7 +49,7 @@ def card(
     yield from _scores(results)
     yield from _how_measured(results)
     yield from _samples(results)
-    yield from _more_training(results, version)
+    yield from _more_training(results, version, runs)
     yield from _training(runs, reader)
     yield from _limits(results)
 
@@ -148,35 +150,27 @@ def _cell(text: str) -> str:
     return line if len(line) <= LONGEST_CELL else line[: LONGEST_CELL - 2].rstrip() + " …"
 
 
-def _more_training(results: Results, version: Version) -> Iterator[str]:
+def _more_training(results: Results, version: Version, runs: Runs) -> Iterator[str]:
     yield from ["", "## What more training would do", "", f"![Scores of each version, and what its runs watched]({CURVES})", ""]
-    told = []
+    told, better = [], []
     for before, after in pairwise([*results.before, version]):
-        steps = [
-            f"{what} from {before.scores[name].value:.1f} to {after.scores[name].value:.1f}"
-            for name, what in (("squad", "SQuAD's F1"), ("worlds", "worlds"), ("texts", "perplexity"))
-        ]
+        steps = []
+        for name, (what, sign) in COMPARED.items():
+            old, new = before.scores[name], after.scores[name]
+            apart = ", intervals apart" if old.high < new.low or new.high < old.low else ""
+            steps.append(f"{what} from {old.value:.1f} to {new.value:.1f}{apart}")
+            better.append((new.value - old.value) * sign > 0)
         other = f" (another hypernetwork, rank {after.rank} for {before.rank})" if after.rank != before.rank else ""
-        told.append(f"{before.contexts:,} to {after.contexts:,} contexts{other}: {', '.join(steps)}.")
-    half = compared(results)[0].lines
-    missing = half["wanted: half of the way to In-Context, tuned"] - version.scores["squad"].value
-    yield from _paragraph(
-        " ".join(told)
-        + " Every version improved on the one before in all three, and the losses were still falling where each run ended, so more "
-        "of the same should help; the intervals of neighbouring versions overlap. "
-        f"Half of the way on SQuAD is another {missing:.0f} points of F1: not in sight of runs of this length."
-        if told and _all_better(results.before, version)
-        else " ".join([*told, f"Half of the way on SQuAD is another {missing:.0f} points of F1."])
-    )
-
-
-def _all_better(before: Sequence[Version], version: Version) -> bool:
-    better = {"squad": 1, "worlds": 1, "texts": -1}
-    return all(
-        (after.scores[name].value - earlier.scores[name].value) * sign > 0
-        for earlier, after in pairwise([*before, version])
-        for name, sign in better.items()
-    )
+        told.append(f"{before.contexts:,} to {after.contexts:,} contexts{other}: {'; '.join(steps)}.")
+    if better and all(better):
+        told.append("Every version improved on the one before in all three.")
+    watched = [read_metrics(run, name)[1] for _, run in runs for name in validation_losses(run)]
+    if all(losses[-1] < losses[0] for losses in watched if len(losses) > 1):
+        told.append("Every loss that was watched more than once was lower at the end of its run: more of the same should help.")
+    squad = compared(results)[0]
+    missing = squad.wanted[1] - version.scores[squad.name].value
+    told.append(f"Half of the way on SQuAD is another {missing:.0f} points of F1.")
+    yield from _paragraph(" ".join(told))
 
 
 def _answers(results: Results, source: str, title: str) -> Iterator[str]:

@@ -86,12 +86,13 @@ def _draw_scores(axes: Axes, versions: Sequence[Version], score: Score) -> None:
     for place, value in zip(places, values, strict=True):
         axes.annotate(f"{value:.1f}", (place, value), (7, 5), textcoords="offset points", fontsize=9, color=INK)
     end = len(versions) - 0.5
-    for name, height in score.lines.items():
-        axes.axhline(height, color=STAGE_COLORS[2] if name.startswith("wanted") else PALE, linewidth=1, linestyle="--", zorder=0)
+    lines = [(*score.wanted, STAGE_COLORS[2]), *((name, height, PALE) for name, height in score.lines.items())]
+    for name, height, color in lines:
+        axes.axhline(height, color=color, linewidth=1, linestyle="--", zorder=0)
         axes.annotate(name, (-0.5, height), (3, 3), textcoords="offset points", fontsize=8, color=INK)
     labels = [f"rank {version.rank}\n{version.contexts:,}\ncontexts" for version in versions]
     axes.set_xticks(list(places), labels, fontsize=8)
-    axes.set(xlim=(-0.5, end), ylim=(0, 1.12 * max(*(each.high for each in found), *score.lines.values())))
+    axes.set(xlim=(-0.5, end), ylim=(0, 1.12 * max(*(each.high for each in found), *(height for _, height, _ in lines))))
     _finish(axes, score.title)
 
 
