@@ -16,7 +16,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
-from exact import install_exact_norms
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,6 +52,9 @@ ARCHITECTURES = {
 @pytest.fixture
 def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms and rotations of Qwen3 in the model's own precision (see `exact`)."""
+    # Here, because it imports from benchmarks/, which only pytest puts on the path: other processes import this module too.
+    from exact import install_exact_norms
+
     install_exact_norms(monkeypatch)
 
 
