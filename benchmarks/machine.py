@@ -97,7 +97,8 @@ def linear_shapes(backbone: Backbone, *, rows: int) -> list[tuple[int, int, int]
 def gemm_rate(
     shapes: Sequence[tuple[int, int, int]], *, dtype: torch.dtype, device: torch.device | str, seconds: float = 2.0
 ) -> float:
-    """Floating-point operations a second of these products and nothing else, in the best of as many passes as fit into ``seconds``.
+    """Floating-point operations a second of these products and nothing else, in the best of as many passes as fit into ``seconds``,
+    but of three, or of one that is longer.
 
     Each product has a weight of its own, as in a model, so that with few rows it counts that weights come from memory.
 
@@ -256,9 +257,10 @@ def _side_stream(index: int) -> torch.cuda.Stream:
 
 
 def _best(run: Callable[[], object], device: torch.device | str, seconds: float) -> float:
-    times: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < until:
+    """Of as many runs as fit, but of three; of one that takes all the time by itself, so long that its start does not count."""
+    times = [_time(run, device)]
+    until = time.perf_counter() + seconds - times[0]
+    while time.perf_counter() < until or (len(times) < 3 and times[0] < seconds):
         times.append(_time(run, device))
     return min(times)
 

@@ -91,7 +91,7 @@ def recipe_loss(
 def recipe_lora(hypernetwork: Hypernetwork, backbone: Backbone, context: Sequence[int], *, context_length: int) -> LoRA:
     """The adapter of one context, padded to the maximum, with logits that nobody reads."""
     ids, mask = _padded(context, context_length, value=0, device=backbone.device)
-    with _logits_of_the_context(backbone):
+    with unread_logits(backbone):
         return hypernetwork(backbone, ids, mask)
 
 
@@ -126,7 +126,7 @@ def recipe_flops(backbone: Backbone, hypernetwork: Hypernetwork, *, context_leng
 
 
 @contextmanager
-def _logits_of_the_context(backbone: Backbone) -> Iterator[None]:
+def unread_logits(backbone: Backbone) -> Iterator[None]:
     """Project whatever leaves the backbone onto the vocabulary, as calling the whole model does."""
 
     def project(_module: nn.Module, _args: object, output: BaseModelOutputWithPast) -> None:

@@ -94,6 +94,20 @@ def test_a_copy_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert moved.count >= 1e-4 * 1e9
 
 
+@pytest.mark.parametrize(("a_run", "runs"), [(0.1, 20), (0.7, 3), (1.9, 3), (2.1, 1)])
+def test_a_limit_is_the_best_of_three_or_of_one_that_takes_all_the_time(
+    monkeypatch: pytest.MonkeyPatch, a_run: float, runs: int
+) -> None:
+    spent = [0.0]
+
+    def run() -> None:
+        spent[0] += a_run
+
+    monkeypatch.setattr(machine, "time", Clock(lambda: spent[0]))
+    assert machine._best(run, "cpu", 2.0) == pytest.approx(a_run)
+    assert round(spent[0] / a_run) == runs
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
 def test_the_products_of_a_gpu_are_handed_over_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host hands over those of the warm-up and of the capture, and no more while they are timed."""
