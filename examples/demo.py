@@ -28,7 +28,7 @@ from shine.evaluation.side_by_side import converse, rows_as_markdown, show_rows,
 from shine.evaluation.tables import TITLES
 from shine.model import Shine
 from shine.parsing import parse
-from shine.training.loop import train
+from shine.training.stage import train
 from shine.training.stop import StoppedError
 from shine.zoo import resolve
 

@@ -12,6 +12,7 @@ from typing import Any
 from runs import stage_config, train_config
 
 from shine.training import loop
+from shine.training.stage import train
 
 STARTED = time.monotonic()
 folder, output, way = sys.argv[1:]
@@ -32,4 +33,4 @@ def training_step(*args: Any, **options: Any) -> Any:
 
 training_step.calls = 0  # type: ignore[attr-defined]
 loop.training_step = training_step
-loop.train(train_config(folder, Path(output) / "run", stage=stage_config(micro_batch_size=1, steps=10_000)))
+train(train_config(folder, Path(output) / "run", stage=stage_config(micro_batch_size=1, steps=10_000)))

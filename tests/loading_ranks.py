@@ -15,7 +15,7 @@ from typing import Any
 from runs import stage_config, train_config
 
 from shine.config import BackboneConfig
-from shine.training import loop
+from shine.training import stage
 from shine.training.distributed import join_ranks
 
 folder, dtype = Path(sys.argv[1]), sys.argv[2]
@@ -32,7 +32,7 @@ def held(pids: list[int]) -> dict[str, int]:
 
 
 seen: dict[str, float] = {}
-real = loop.load_backbone
+real = stage.load_backbone
 
 
 def load_backbone(*args: Any, **options: Any) -> Any:
@@ -49,8 +49,8 @@ def loaded_only(_config: Any, *loaded: Any, **_options: Any) -> Any:
     return SimpleNamespace(go=lambda: loaded)
 
 
-loop.load_backbone = load_backbone
-loop._Run = loaded_only  # type: ignore[assignment, misc]
+stage.load_backbone = load_backbone
+stage.Run = loaded_only  # type: ignore[assignment, misc]
 with join_ranks("cpu") as ranks:
     pids = ranks.gather(os.getpid())
     before = held(pids)
@@ -66,7 +66,7 @@ with join_ranks("cpu") as ranks:
     if ranks.first:
         watcher.start()
     backbone = BackboneConfig(path=str(folder / "backbone"), dtype=dtype, device="cpu")
-    held_by_the_run = loop.train(train_config("", folder / "run", backbone=backbone, stage=stage_config("mqa", batch_size=8)))
+    held_by_the_run = stage.train(train_config("", folder / "run", backbone=backbone, stage=stage_config("mqa", batch_size=8)))
     ranks.wait()
     done.set()
     if ranks.first:

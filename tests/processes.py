@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from shine import loading
 from shine.cli.stages import train_and_evaluate
-from shine.training import loop, step
-from shine.training.loop import train
+from shine.training import loop, stage, step
 from shine.training.monitor import METRICS_FILE
+from shine.training.stage import train
 from shine.training.validation import Validation
 
 # Forked from a server that has imported what takes long, a process starts in a fraction of a second. The server does not find
@@ -39,7 +39,7 @@ CONTEXT.set_forkserver_preload(
 class Fault:
     """What goes wrong on rank 1: ``where``, in its ``call``-th micro-batch; for ``validation``, ``norm`` and ``draws`` (which is no
     fault: each pass draws random numbers) from that call on; for ``speed`` it is good at the other type than this machine is; a
-    name that the loop uses while it sets a run up refuses."""
+    name that a run uses while it is set up refuses."""
 
     where: Literal[
         "loss",
@@ -67,9 +67,10 @@ class Fault:
             found = loading.slow_at_bfloat16
             monkeypatch.setattr(loading, "slow_at_bfloat16", lambda device: not found(device))
             return
-        if hasattr(loop, self.where):
-            monkeypatch.setattr(loop, self.where, self._refuse)
-            return
+        for module in (stage, loop):
+            if hasattr(module, self.where):
+                monkeypatch.setattr(module, self.where, self._refuse)
+                return
         calls, real = itertools.count(1), step.label_losses
 
         def label_losses(hypernetwork: nn.Module, *args: Any) -> tuple[Tensor, Tensor]:

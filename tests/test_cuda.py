@@ -36,10 +36,10 @@ from shine.prompt_cache import PromptCache
 from shine.training.distillation import Teacher
 from shine.training.distributed import Ranks
 from shine.training.guard import Guard
-from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE
 from shine.training.muon import orthogonalised
 from shine.training.optimizer import build_optimizer
+from shine.training.stage import train
 from shine.training.step import training_step
 
 DEVICE = "cuda"

@@ -22,7 +22,7 @@ from shine.devices import find_device, matrix_rate, slow_at_bfloat16
 from shine.evaluation.run import evaluate
 from shine.hypernetwork import Hypernetwork
 from shine.model import Shine
-from shine.training.loop import train
+from shine.training.stage import train
 
 CPU = torch.device("cpu")
 

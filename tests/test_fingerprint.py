@@ -19,7 +19,7 @@ from shine.backbone import Backbone
 from shine.checkpoint import check_backbone, read_info
 from shine.config import BackboneConfig
 from shine.fingerprint import Fingerprint, fingerprint
-from shine.training.loop import train
+from shine.training.stage import train
 
 
 def test_a_fingerprint_does_not_depend_on_type_hooks_or_place(

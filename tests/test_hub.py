@@ -26,7 +26,7 @@ from shine.hub import FILES, HubId, download, hub_id
 from shine.hypernetwork import Hypernetwork
 from shine.manifest import damage
 from shine.released import RELEASED_FILES
-from shine.training.loop import train
+from shine.training.stage import train
 
 RELEASED = Path(__file__).parent / "fixtures" / "tiny_qwen3" / "reference_checkpoint"
 HUBS = ("hf", "ms")

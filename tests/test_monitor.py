@@ -27,9 +27,9 @@ from shine.flops import training_flops
 from shine.hypernetwork import Hypernetwork
 from shine.loading import load_backbone
 from shine.training import loop, monitor, needs
-from shine.training.loop import train
 from shine.training.losses import label_losses
 from shine.training.monitor import METRICS_FILE, SAMPLES_FILE, Monitor
+from shine.training.stage import train
 from shine.training.validation import Validation
 
 

@@ -21,9 +21,9 @@ from shine.backbone import Backbone
 from shine.config import BackboneConfig
 from shine.hypernetwork import Hypernetwork
 from shine.manifest import write_manifest
-from shine.training.loop import train
 from shine.training.muon import Muon, orthogonalised
 from shine.training.optimizer import build_optimizer
+from shine.training.stage import train
 from shine.training.state import RUN_FILE, step_directories
 
 

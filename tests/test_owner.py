@@ -17,8 +17,8 @@ from processes import train_in_process, wait_for_progress
 from runs import stage_config, train_config
 
 from shine.training import loop
-from shine.training.loop import train
 from shine.training.owner import OWNER_FILE, SILENCE, Owner, owned
+from shine.training.stage import train
 from shine.training.state import step_directories
 
 

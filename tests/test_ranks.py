@@ -36,8 +36,8 @@ from shine.checkpoint import WEIGHTS_FILE
 from shine.config import BackboneConfig, DataConfig, M2PConfig, PromptConfig, ScoringConfig
 from shine.manifest import damage
 from shine.training.distributed import join_ranks
-from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE
+from shine.training.stage import train
 from shine.training.state import load_state, step_directories
 
 

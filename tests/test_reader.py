@@ -26,9 +26,9 @@ from shine.evaluation.run import evaluate, load_methods
 from shine.hypernetwork import Hypernetwork
 from shine.lora import LoRA
 from shine.training.distillation import Targets, Teacher, with_rest
-from shine.training.loop import train
 from shine.training.losses import label_losses
 from shine.training.reader import in_prompt, read_reader, starting_lora
+from shine.training.stage import train
 from shine.training.tuning import train_reader
 
 

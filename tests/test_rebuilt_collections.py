@@ -19,7 +19,7 @@ from test_sources import shared
 
 from shine.cli.doors import composed
 from shine.config import DataConfig, SourceConfig, TrainConfig
-from shine.training.loop import train
+from shine.training.stage import train
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {"mqa": "ift_pwc.json", "1qa": "ift_c1qa.json"}

@@ -31,8 +31,8 @@ from shine.data.samples import Sample
 from shine.manifest import damage
 from shine.parsing import parse
 from shine.training import loop
-from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE
+from shine.training.stage import train
 from shine.training.state import load_state, step_directories
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -29,10 +29,10 @@ from shine.config import DataConfig, SourceConfig, TrainConfig
 from shine.manifest import damage, write_manifest
 from shine.training import loop
 from shine.training.guard import NOT_FINITE, SPIKE, Guard
-from shine.training.loop import train
 from shine.training.monitor import METRICS_FILE, SAMPLES_FILE
 from shine.training.optimizer import Optimizers
 from shine.training.provenance import differences
+from shine.training.stage import train
 from shine.training.state import STATE_FILE, load_state, newest_whole, step_directories
 from shine.training.stop import StoppedError, stop_requests
 from shine.training.validation import Validation
@@ -306,13 +306,13 @@ def test_the_best_before_stays_until_a_save(tiny_backbone_folder: str, tmp_path:
     losses = iter([3.0, 2.0, 1.0])
     monkeypatch.setattr(Validation, "measure", lambda *_: {"validation/answers/loss": next(losses)})
     seen: list[list[str]] = []
-    real = loop._Run._advance
+    real = loop.Run._advance
 
     def advance(run: Any, *args: Any) -> None:
         real(run, *args)
         seen.append([path.name for path in step_directories(run.output, kind="best")])
 
-    monkeypatch.setattr(loop._Run, "_advance", advance)
+    monkeypatch.setattr(loop.Run, "_advance", advance)
     train(train_config(tiny_backbone_folder, tmp_path, stage=stage_config(steps=3, evaluate_every=1, save_every=2)))
     assert seen == [["best-000001"], ["best-000002"], ["best-000002", "best-000003"]]
     assert [path.name for path in tmp_path.glob("best-*")] == ["best-000003"]

@@ -30,9 +30,9 @@ from shine.hypernetwork import Hypernetwork
 from shine.loading import load_backbone
 from shine.parsing import parse
 from shine.released import read_released
-from shine.training.loop import train
 from shine.training.losses import label_losses, losses_under
 from shine.training.monitor import METRICS_FILE
+from shine.training.stage import train
 from shine.training.start import MEASURED_CONTEXTS
 from shine.training.state import step_directories
 

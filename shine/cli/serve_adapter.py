@@ -47,25 +47,7 @@ shine serve-adapter unregister notes-5f0c2a9e41 --engine vllm
 """,
     )
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    register = _add_action(
-        actions,
-        "register",
-        "encode a text, or take an adapter, and register it",
-        _register,
-        "shine serve-adapter register notes.txt --model checkpoints/mine/train --engine vllm --output /srv/adapters\n"
-        "shine serve-adapter register --adapter adapters/notes --engine vllm --output /mnt/adapters --mounted-as /srv/adapters\n"
-        "shine serve-adapter register notes.txt --model checkpoints/mine/train --engine sglang --from-tensors",
-    )
-    register.add_argument("text", nargs="?", metavar="TEXT", help="a file, or - for standard input")
-    register.add_argument("--adapter", metavar="FOLDER", help="register this one, which `shine encode` wrote")
-    register.add_argument("-o", "--output", metavar="FOLDER", help="where the PEFT folder is written, below a name of its own")
-    register.add_argument("--mounted-as", metavar="FOLDER", help="where the server sees --output; default: at the same place")
-    register.add_argument("--from-tensors", action="store_true", help="SGLang: send the weights, write nothing")
-    register.add_argument("--tensor-parallel", type=positive, default=1, metavar="N", help="with --from-tensors: the server's GPUs")
-    register.add_argument("--name", help="instead of the text's name and a hash of the weights")
-    register.add_argument("--server-rank", type=positive, metavar="N", help="the largest rank it was started with")
-    add_strength_option(register)
-    add_document_options(register)
+    _add_register(actions)
     listing = _add_action(
         actions,
         "list",
@@ -93,6 +75,28 @@ shine serve-adapter unregister notes-5f0c2a9e41 --engine vllm
     ask.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (default: 256)")
     for action in (ask, listing, unregister):
         add_json_option(action)
+
+
+def _add_register(actions: Commands[argparse.ArgumentParser]) -> None:
+    register = _add_action(
+        actions,
+        "register",
+        "encode a text, or take an adapter, and register it",
+        _register,
+        "shine serve-adapter register notes.txt --model checkpoints/mine/train --engine vllm --output /srv/adapters\n"
+        "shine serve-adapter register --adapter adapters/notes --engine vllm --output /mnt/adapters --mounted-as /srv/adapters\n"
+        "shine serve-adapter register notes.txt --model checkpoints/mine/train --engine sglang --from-tensors",
+    )
+    register.add_argument("text", nargs="?", metavar="TEXT", help="a file, or - for standard input")
+    register.add_argument("--adapter", metavar="FOLDER", help="register this one, which `shine encode` wrote")
+    register.add_argument("-o", "--output", metavar="FOLDER", help="where the PEFT folder is written, below a name of its own")
+    register.add_argument("--mounted-as", metavar="FOLDER", help="where the server sees --output; default: at the same place")
+    register.add_argument("--from-tensors", action="store_true", help="SGLang: send the weights, write nothing")
+    register.add_argument("--tensor-parallel", type=positive, default=1, metavar="N", help="with --from-tensors: the server's GPUs")
+    register.add_argument("--name", help="instead of the text's name and a hash of the weights")
+    register.add_argument("--server-rank", type=positive, metavar="N", help="the largest rank it was started with")
+    add_strength_option(register)
+    add_document_options(register)
 
 
 def _add_action(

@@ -8,7 +8,7 @@ from pathlib import Path
 from shine.config import EvaluationConfig, TrainConfig
 from shine.evaluation.run import evaluate
 from shine.training.distributed import join_ranks
-from shine.training.loop import train
+from shine.training.stage import train
 
 
 def train_and_evaluate(config: TrainConfig) -> Path:

@@ -187,3 +187,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
 def _ranks() -> Ranks:
     size = dist.get_world_size()
     return Ranks(dist.get_rank(), size, int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+
+
+def silent(_text: str) -> None:
+    """In place of ``print`` on ranks whose words another says."""

@@ -6,8 +6,7 @@ import json
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,117 +14,44 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from shine.backbone import Backbone
-from shine.checkpoint import CheckpointInfo, effective_config, find_checkpoint, introduce, save_hypernetwork
-from shine.config import StageConfig, TrainConfig
+from shine.checkpoint import CheckpointInfo, save_hypernetwork
+from shine.config import TrainConfig
 from shine.data.batching import SampleStream
 from shine.data.build import build_samples
 from shine.data.samples import Sample, StageSamples
-from shine.data.sources import look_into
 from shine.data.tally import Tally
 from shine.devices import find_device, matrix_rate, room
 from shine.downloads import revision_of
 from shine.files import written_beside
 from shine.fingerprint import fingerprint
-from shine.host_memory import keep_freed_memory
-from shine.hub import hub_id
-from shine.loading import load_backbone, variant_name, with_dtype
-from shine.pretrained import without_progress_bars
+from shine.loading import variant_name
 from shine.training.distillation import Teacher
-from shine.training.distributed import Ranks, SharedRefusalError, join_ranks
+from shine.training.distributed import Ranks, SharedRefusalError, silent
 from shine.training.guard import Guard
 from shine.training.monitor import BAD_STEPS_FILE, Monitor
 from shine.training.needs import estimate
 from shine.training.optimizer import build_optimizer, learning_rate
-from shine.training.owner import Owner, owned
+from shine.training.owner import Owner
 from shine.training.parallel import restore_optimizer, shard, shard_backbone, synchronised, whole_optimizer, whole_weights
-from shine.training.provenance import differences, run_record
-from shine.training.rehearsal import check_start, rehearsal
-from shine.training.start import FINAL, Start, start_hypernetwork, starting_point
-from shine.training.state import RUN_FILE, RunState, load_state, prune, restore_rng, rng_state, save_state, set_aside, sweep
+from shine.training.provenance import differences
+from shine.training.start import FINAL, Start, start_hypernetwork
+from shine.training.state import RUN_FILE, RunState, load_state, prune, restore_rng, rng_state, save_state, set_aside
 from shine.training.step import StepResult, training_step
-from shine.training.stop import StoppedError, StopRequest, stop_requests
+from shine.training.stop import StoppedError, StopRequest
 from shine.training.validation import Validation
 from shine.zoo import resolve
 
 
-def train(config: TrainConfig) -> Path:
-    """Train one stage and return the directory of its final checkpoint (after a dry run, where it would have been).
+class Run:
+    """One stage on one rank, from what was loaded to its final checkpoint, or on from a step directory of its own.
 
-    Raises:
-        ValueError: whatever does not fit together, with the remedy: a missing checkpoint or source, ranks, sizes.
-        StoppedError: a signal asked for it, and the run was saved.
+    Args:
+        start: what it begins from.
+        request: whether a signal has asked for its end.
+        record: what tells this run from others, written beside each save.
+        owner: of the output folder, on the rank that writes there.
     """
-    with join_ranks(config.backbone.device) as ranks, stop_requests(quiet=not ranks.first) as request:
-        if config.dry_run:
-            ranks.ask_first(lambda: check_start(config))
-            with rehearsal(config, ranks=ranks.size, say=print if ranks.first else _silent) as small:
-                final = _train(small, ranks, request)
-            if ranks.first:
-                print("dry run: everything fits together, one step was done, nothing is kept", flush=True)
-            return final
-        return _train(config, ranks, request)
 
-
-def _train(config: TrainConfig, ranks: Ranks, request: StopRequest) -> Path:
-    """`train`, on ranks that have met: whatever one of them refuses, all refuse."""
-    with ExitStack() as held:
-        owners: list[Owner] = []
-        # One rank looks, before any writes; what it refuses is said once.
-        ranks.ask_first(lambda: owners.append(held.enter_context(owned(Path(config.output).expanduser(), say=print))))
-        start = ranks.ask_first(lambda: starting_point(config, say=print))
-        if start.finished:
-            assert start.directory is not None
-            if ranks.first:
-                print(f"{start.directory} is there: this run has ended already", flush=True)
-            return start.directory
-        return _prepare(config, ranks, start=start, request=request, owner=owners[0] if owners else None).go()
-
-
-def _prepare(config: TrainConfig, ranks: Ranks, *, start: Start, request: StopRequest, owner: Owner | None) -> _Run:
-    with ranks.together():
-        _check_shares(config.stage, ranks=ranks.size)
-        look_into(config.data.train, "data.train")
-        look_into(config.data.validation, "data.validation")
-    if start.directory is not None and not start.resumed:
-        start = replace(start, directory=_on_each_machine(start.directory, config, ranks))
-    with ranks.together():
-        shape = effective_config(start.directory, config.hypernetwork)
-    if ranks.first:
-        sweep(Path(config.output).expanduser())
-        for line in introduce(start.directory, config.hypernetwork) if start.directory and not start.resumed else ():
-            print(line, flush=True)
-    checkpoint = str(start.directory) if start.directory and not start.resumed else config.checkpoint
-    # What was asked for, before the shape of a checkpoint stands in for it: a resumed run is compared by that.
-    asked = asdict(config.hypernetwork)
-    # One for all: machines may differ in what they are good at.
-    backbone_config = ranks.ask_first(lambda: with_dtype(config.backbone, ranks=ranks.local_size))
-    config = replace(config, backbone=backbone_config, hypernetwork=shape, checkpoint=checkpoint)
-    record = {**run_record(config), "asked": asked}
-    with ranks.one_by_one(), nullcontext() if ranks.first else without_progress_bars():
-        # What is too large for one device goes to the devices in parts.
-        parted = config.backbone.shard and ranks.size > 1
-        backbone, tokenizer = load_backbone(config.backbone, targets=shape.targets, in_host_memory=parted)
-    keep_freed_memory(find_device(config.backbone.device))
-    return _Run(config, backbone, tokenizer, ranks, start=start, request=request, record=record, owner=owner)
-
-
-def _check_shares(stage: StageConfig, *, ranks: int) -> None:
-    if stage.batch_size % (ranks * stage.micro_batch_size):
-        raise ValueError(
-            f"stage.batch_size={stage.batch_size} must be a multiple of ranks x micro_batch_size = "
-            f"{ranks} x {stage.micro_batch_size}: change one of them"
-        )
-
-
-def _on_each_machine(found: Path, config: TrainConfig, ranks: Ranks) -> Path:
-    """The checkpoint that rank 0 found, where this rank can read it: machines need not share the cache of a hub's library."""
-    name = config.checkpoint
-    if name is None or hub_id(name) is None:
-        return found
-    return ranks.ask_first_of_machine(lambda: found if ranks.first else find_checkpoint(name))
-
-
-class _Run:
     def __init__(
         self,
         config: TrainConfig,
@@ -178,7 +104,7 @@ class _Run:
     def _build_samples(self) -> StageSamples:
         config, tokens = self.config, self.config.backbone.task_tokens
         # The first rank of a machine builds what is not there yet, and says so.
-        say: Callable[[str], None] = print if self.ranks.local_rank == 0 else _silent
+        say: Callable[[str], None] = print if self.ranks.local_rank == 0 else silent
         with self.ranks.one_by_one():
             return build_samples(
                 config.data.train, "data.train", self.tokenizer, self.stage, task_tokens=tokens, seed=config.seed, say=say
@@ -356,7 +282,7 @@ class _Run:
             free, binding = self._differences(directory, state, record)
             if not self.ranks.first:
                 state = replace(state, optimizer={})
-        anew = record["config"]["stage"].get("optimizer", "adamw") != self.stage.optimizer
+        anew = record["config"]["stage"]["optimizer"] != self.stage.optimizer
         if not anew:
             restore_optimizer(self.hypernetwork, self.optimizer, dict(state.optimizer))
         self.step, self.best = state.step, state.best
@@ -388,13 +314,8 @@ class _Run:
 
 
 def _asked(record: dict[str, Any]) -> dict[str, Any]:
-    """The configuration that was asked for; records of before do not tell it from what was used."""
-    config = record["config"]
-    return {**config, "hypernetwork": record.get("asked", config["hypernetwork"])}
-
-
-def _silent(_text: str) -> None:
-    pass
+    """The configuration that was asked for, where the shape of a checkpoint may have stood in for the hypernetwork's."""
+    return {**record["config"], "hypernetwork": record["asked"]}
 
 
 def _due(step: int, every: int, *, last: int | None = None) -> bool:

@@ -16,7 +16,7 @@ import torch
 from conftest import tiny_model, tiny_tokenizer
 from runs import GOLDEN, fingerprint, losses_of, stage_config, train_config
 
-from shine.training.loop import train
+from shine.training.stage import train
 
 
 def main() -> None:
