@@ -99,7 +99,7 @@ def place(tmp_path: Path) -> Path:
     for run, stage in (("01-pretrain", "pretrain"), ("02-mqa", "mqa"), ("03-mqa", "mqa")):
         folder = tmp_path / "model" / "training" / run
         folder.mkdir(parents=True)
-        rows: list[dict[str, float]] = [{"step": step, "loss": 4 - step / 100} for step in range(10, 100, 10)]
+        rows: list[dict[str, float]] = [{"step": n, "loss": 4 - n / 100, "skipped_steps": n // 90} for n in range(10, 100, 10)]
         watched = {"validation/squad/loss": 3.0, "validation/adapter_gap": 0.5, "validation/adapter_cosine": 0.7}
         if run != "03-mqa":
             rows += [{"step": step, **watched, "validation/squad/loss": 3 - step / 100} for step in (30, 60, 90)]
@@ -126,12 +126,13 @@ def test_the_card_says_what_was_measured(module: ModuleType, place: Path, tmp_pa
     assert "| SHINE | 70.0 [70.0, 70.0] | 70.0 [70.0, 70.0] | 0 |" in page
     assert "| SHINE | 2.7 [2.7, 2.7] | 2.7 [2.7, 2.7] | 2.7 [2.7, 2.7] |" in page
     assert (
-        "| mqa | squad, worlds (3,000) | 90 x 8 | 48 / 72 | AdamW 0.001 | two CPU cores | 2.40 at 60, 2.10 (squad) | 0.50 | 0.70 |"
+        "| mqa | squad, worlds (3,000) | 90 x 8 = 720 | 48 / 72 | AdamW 0.001 | CPU | 2.40 at 60, 2.10 (squad) | 0.50 | 0.70 |"
         in page
     )
-    assert "| mqa 2 | squad, worlds (3,000) | 90 x 8 | 48 / 72 | AdamW 0.001 | two CPU cores | not watched |  |  |" in page
+    assert "| mqa 2 | squad, worlds (3,000) | 90 x 8 = 720 | 48 / 72 | AdamW 0.001 | CPU | not watched |  |  |" in page
     assert "| 48 / 72 | AdamW 0.001 | NVIDIA H100 | " in page
-    assert "2,160 contexts in all" in page
+    assert "2,160 samples in all" in page
+    assert "; 3 steps were drawn and not taken, their loss or gradient being no number." in " ".join(page.split())
     assert "were compared" not in page
     assert "40 steps of 8 contexts of the stage mqa at 0.001" in " ".join(page.split())
     assert "its loss is 3.00 over the first ten steps, 2.00 half way, 1.00 over the last ten" in " ".join(page.split())
@@ -182,7 +183,8 @@ def test_a_card_is_made_anew_of_what_was_kept(module: ModuleType, place: Path, t
     with pytest.raises(ValueError, match=r"scores\.json: is not of the weights beside it"):
         module.write_card(place)
     scores = write_scores(tmp_path / "scores", place, shine=0.4, worlds=0.7, perplexity_loss=1.0, cosine=0.5)
-    page = module.write_card(place, scores, chosen_on={"squad": 7}).read_text(encoding="utf-8")
+    page = module.write_card(place, scores, chosen_on={"squad": 7}, notes=["On a Tuesday."]).read_text(encoding="utf-8")
+    assert "\nOn a Tuesday.\n" in page
     assert "7 of the 20 (SQuAD, unseen articles)" in " ".join(page.split())
     assert module.write_card(place).read_text(encoding="utf-8") == page
     spoil(place, "hypernetwork")
@@ -201,9 +203,10 @@ def test_a_card_tells_what_earlier_versions_scored(module: ModuleType, place: Pa
         before = shine
     kept = json.loads((place / "scores.json").read_text())
     assert [round(version["scores"]["squad"]["value"]) for version in kept["before"]] == [20, 30]
-    assert "SQuAD's F1 from 20.0 to 30.0, intervals apart; worlds from 50.0 to 60.0" in page
+    assert "SQuAD's F1 from 20.0 to 30.0 (intervals apart); worlds from 50.0 to 60.0" in page
     assert "SQuAD's F1 from 30.0 to 25.0" in page
     assert "Every version improved" not in page
+    assert "The cosine between adapters of SQuAD's passages was 0.50, 0.50, 0.50, of which less is wanted." in page
 
 
 def test_a_card_shows_the_first_answers(module: ModuleType, place: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from shine.evaluation import pretraining, qa
 from shine.evaluation.methods import Asked, Method
 from shine.evaluation.plots import smooth
 from shine.evaluation.results import PREDICTIONS_FILE, SUMMARY_FILE
+from shine.evaluation.run import TestSet as ContextSet
 from shine.evaluation.run import evaluate, load_methods
 from shine.evaluation.scores import bucket, summarise_recall
 from shine.hypernetwork import Hypernetwork
@@ -101,6 +102,39 @@ def test_what_each_method_shows_the_backbone(methods: dict[str, Method]) -> None
     assert methods["only_question"].messages(asked) == [Message("system", "Be brief."), Message("user", "Who?"), *tail]
     opening = Message("user", "Text: Ada is red.\nQuestion: Who?")
     assert methods["in_context"].messages(asked) == [Message("system", "Be brief."), opening, *tail]
+
+
+def test_the_control_answers_under_the_adapter_of_another_context(
+    tiny_backbone_folder: str, checkpoint: str, tmp_path: Path
+) -> None:
+    """It says of one context what SHINE would say if it had read the other one."""
+    config = evaluation_config(
+        tiny_backbone_folder, tmp_path, checkpoint=checkpoint, methods=("shine", "shine_other"), batch_size=3
+    )
+    ours, other = load_methods(config)
+    found = predict(other, EXAMPLES, config, conversations=False)
+    turned = [replace(e, context=EXAMPLES[(n + 1) % len(EXAMPLES)].context) for n, e in enumerate(EXAMPLES)]
+    expected = predict(ours, turned, config, conversations=False)
+    assert [each.prediction for each in found] == [each.prediction for each in expected]
+    assert [each.prediction for each in found] != [each.prediction for each in predict(ours, EXAMPLES, config, conversations=False)]
+    write_examples(tmp_path / "mine.jsonl")
+    summary = evaluate(config)
+    assert set(summary["sources"]["mine"]["differences"]) == {"shine - shine_other"}
+    with pytest.raises(ValueError, match="needs another context beside each: give two contexts at least, and batch_size=3"):
+        evaluate(replace(config, batch_size=1))
+    with pytest.raises(ValueError, match="checkpoint: missing"):
+        evaluate(replace(config, checkpoint=None, methods=("shine_other",)))
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "sizes"), [(81, 16, [13, 14, 13, 14, 13, 14]), (5, 3, [2, 3]), (4, 3, [2, 2]), (2, 9, [2])]
+)
+def test_batches_are_of_like_size(count: int, size: int, sizes: list[int]) -> None:
+    examples = tuple(Example(f"{n:02}", "x" * (n % 7), ()) for n in range(count))
+    batches = ContextSet("jsonl", examples, "").batches(size, lambda example: len(example.context))
+    assert [len(batch) for batch in batches] == sizes
+    together = [example for batch in batches for example in batch]
+    assert together == sorted(examples, key=lambda example: (len(example.context), example.id))
 
 
 def test_shine_wears_an_adapter_and_the_baselines_get_the_prefix(

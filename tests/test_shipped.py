@@ -175,8 +175,8 @@ def test_smollm2_says_what_it_is() -> None:
     # The page is that of these figures, and these are of the weights beside them.
     version = module.Version.read(scores["version"])
     assert version.weights == module.digest_of(SMOLLM2)
-    contexts = module.contexts_read(module.read_runs(SMOLLM2 / "training"))
-    assert version == results.version(version.weights, rank=version.rank, contexts=contexts)
+    samples = module.samples_drawn(module.read_runs(SMOLLM2 / "training"))
+    assert version == results.version(version.weights, rank=version.rank, samples=samples)
     assert module.page(SMOLLM2, results, version) == card
 
 

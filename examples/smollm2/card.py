@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from curves import Runs, contexts_read, curves, read_recipe, read_runs, validation_losses
+from curves import Runs, curves, measured_again, read_recipe, read_runs, samples_drawn, steps_not_taken, validation_losses
 from results import SET_TITLES, Results, Version, check_scored, compared, digest_of, targets
 
 from shine.checkpoint import WEIGHTS_FILE, CheckpointInfo, read_info, read_weights
@@ -31,8 +31,6 @@ from shine.zoo import ASSETS
 PLACE = ASSETS / "smollm2-135m"
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 CURVES, CARD, SCORES = "curves.png", "README.md", "scores.json"
-AGAIN_FILE = "again.json"
-"""Beside a run's metrics: what was measured of its end later, and on what."""
 SCORED_SEEDS = (3000, 9000)
 """Of the worlds that scores are measured on: ``configs/source/worlds_unseen.yaml`` and ``score.sh``."""
 LONGEST_CELL = 60
@@ -81,7 +79,7 @@ def _summary(results: Results, info: CheckpointInfo, *, parameters: int, size: i
     yield from _paragraph(
         "For research only: it learned from RACE and BBC text, see [LICENSE-WEIGHTS](LICENSE-WEIGHTS). "
         "`sh examples/smollm2/score.sh` measures all scores on this page; `sh examples/smollm2/train.sh` goes on training from "
-        "here."
+        "here, which nobody has run to its end yet."
     )
 
 
@@ -130,6 +128,9 @@ def _how_measured(results: Results) -> Iterator[str]:
     if chosen:
         yield ""
         yield from _paragraph(f"Checkpoints had been compared on some of the questions, {chosen}: this one may look too good.")
+    for note in results.notes:
+        yield ""
+        yield from _paragraph(note)
 
 
 def _samples(results: Results) -> Iterator[str]:
@@ -152,21 +153,28 @@ def _cell(text: str) -> str:
 
 def _more_training(results: Results, version: Version, runs: Runs) -> Iterator[str]:
     yield from ["", "## What more training would do", "", f"![Scores of each version, and what its runs watched]({CURVES})", ""]
+    versions = [*results.before, version]
     told, better = [], []
-    for before, after in pairwise([*results.before, version]):
+    for before, after in pairwise(versions):
         steps = []
         for name, (what, sign) in COMPARED.items():
             old, new = before.scores[name], after.scores[name]
-            apart = ", intervals apart" if old.high < new.low or new.high < old.low else ""
-            steps.append(f"{what} from {old.value:.1f} to {new.value:.1f}{apart}")
+            apart = "apart" if old.high < new.low or new.high < old.low else "overlap"
+            steps.append(f"{what} from {old.value:.1f} to {new.value:.1f} (intervals {apart})")
             better.append((new.value - old.value) * sign > 0)
         other = f" (another hypernetwork, rank {after.rank} for {before.rank})" if after.rank != before.rank else ""
-        told.append(f"{before.contexts:,} to {after.contexts:,} contexts{other}: {'; '.join(steps)}.")
+        told.append(f"{before.samples:,} to {after.samples:,} samples{other}: {'; '.join(steps)}.")
     if better and all(better):
-        told.append("Every version improved on the one before in all three.")
+        told.append("Every version improved on the one before in all three; what it learned from, and how, changed with it.")
+    if len(versions) > 1:
+        cosines = ", ".join(f"{each.cosine:.2f}" for each in versions)
+        told.append(f"The cosine between adapters of SQuAD's passages was {cosines}, of which less is wanted.")
     watched = [read_metrics(run, name)[1] for _, run in runs for name in validation_losses(run)]
     if all(losses[-1] < losses[0] for losses in watched if len(losses) > 1):
-        told.append("Every loss that was watched more than once was lower at the end of its run: more of the same should help.")
+        told.append(
+            "Every loss that was watched more than once was lower at the end of its run, as the learning rate fell to zero. What "
+            "one stage brings, the next takes in part: docs/training_log.md follows that."
+        )
     squad = compared(results)[0]
     missing = squad.wanted[1] - version.scores[squad.name].value
     told.append(f"Half of the way on SQuAD is another {missing:.0f} points of F1.")
@@ -188,7 +196,7 @@ def _answers(results: Results, source: str, title: str) -> Iterator[str]:
 
 def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
     yield from ["", "## Training", ""]
-    columns = ["stage", "learned from", "steps x contexts", "tokens, context / conversation", "optimizer, learning rate", "on"]
+    columns = ["stage", "drawn from", "steps x samples", "tokens, context / conversation", "optimizer, learning rate", "on"]
     yield f"| {' | '.join(columns)} | loss on unseen contexts, about half way and at the end | gap | cosine |"
     yield "|---|---|---:|---:|---|---|---|---:|---:|"
     notes = []
@@ -203,28 +211,32 @@ def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
             ends.append(f"{half_way}{values[-1]:.2f} ({name.split('/')[1]})")
         gap, cosine = (_last(read_metrics(run, f"validation/adapter_{name}")[1]) for name in ("gap", "cosine"))
         lengths = f"{recipe['context_length']} / {recipe['conversation_length']}"
+        drawn = samples_drawn([(stage, run)])
         rate = f"{OPTIMIZERS[recipe.get('optimizer', 'adamw')]} {recipe['learning_rate']:g}"
         watched = "; ".join(ends) or "not watched"
-        if (again := run / AGAIN_FILE).exists():
-            found = json.loads(again.read_text(encoding="utf-8"))
+        if (found := measured_again(run)) is not None:
             watched += " *"
             figures = ", ".join(f"{name} {found[name]:.2f}" for name in ("loss", "gap", "cosine"))
             notes.append(f"\\* {stage}, {found['about']}: {figures}.")
-        size = f"{steps:,} x {recipe['batch_size']}"
+        size = f"{steps:,} x {recipe['batch_size']} = {drawn:,}"
         yield f"| {' | '.join([stage, sources, size, lengths, rate, _device(run), watched, gap, cosine])} |"
     for note in notes:
         yield ""
         yield from _paragraph(note)
+    skipped = steps_not_taken(runs)
+    not_taken = f"; {skipped} steps were drawn and not taken, their loss or gradient being no number" if skipped else ""
     yield ""
     yield from _paragraph(
-        f"{contexts_read(runs):,} contexts in all, each counted as often as it was read. Losses in nats a label token; the gap is "
-        "how much worse a label is foretold under another context's adapter, zero if adapters held nothing. Each run watched "
-        "questions of its own, as many as its batches held, so these columns compare within a row. The learning rate falls to zero "
-        "within each stage, so a part of what a stage gains at its end is that. *transmla* are the texts of the first row below; "
-        "*gaps* and *pieces* are passages with questions made of their own sentences, *recitations* pieces to give back, *stories* "
-        "and *worlds* invented. "
-        "Recipes: `training/`, `configs/experiment/smollm2.yaml` and `smollm2_gpu.yaml`; what was tried, and what did not help: "
-        "`docs/training_log.md`."
+        f"{samples_drawn(runs):,} samples in all, each counted as often as it was drawn: a context with its questions, in 1qa one "
+        f"question with its context, which up to four share where a recipe says so{not_taken}. The numbers behind the sources are "
+        "how many there were to draw from. Losses in nats a label token; the gap is how much worse a label is foretold under "
+        "another context's adapter, zero if adapters held nothing. Each run watched questions of its own, as many as its batches "
+        "held, for gap and cosine at most the first sixteen contexts of them, so these columns compare within a row. Of the "
+        "texts that a second and later pretraining watched, the stages of questions before it had drawn some passages. The "
+        "learning rate falls to zero within each stage, so a part of what a stage gains at its end is that. *transmla* are the "
+        "texts of the first row below; *gaps* and *pieces* are passages with questions made of their own sentences, *recitations* "
+        "pieces to give back, *stories* and *worlds* invented. The recipes of these runs: `training/`; what is recommended since: "
+        "`configs/experiment/smollm2.yaml` and `smollm2_gpu.yaml`; what was tried, and what did not help: `docs/training_log.md`."
     )
     stage, losses = reader["stage"], reader["losses"]
     yield ""
@@ -248,7 +260,7 @@ def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
 def _device(run: Path) -> str:
     """What a run computed on, as its recipe has it."""
     named = read_recipe(run).get("versions", {}).get("device", "")
-    return named if "NVIDIA" in named else "two CPU cores"
+    return named if "NVIDIA" in named else "CPU"
 
 
 def _last(values: Sequence[float]) -> str:
@@ -259,8 +271,11 @@ def _limits(results: Results) -> Iterator[str]:
     yield from ["", "## What it cannot do", ""]
     if missed := sum(not target.reached for target in targets(results)):
         yield f"- It misses {missed} of its targets; the table above says by how much."
-    wrong = results.score("squad", "shine", "wrong")
-    yield f"- Of its answers about SQuAD's passages {wrong:.0f} % share no word with a right one: hold them against the text."
+    wrong = {method: results.score("squad", method, "wrong") for method in results.answers["sources"]["squad"]["methods"]}
+    others = ", ".join(f"{title_of(method)} {found.value:.0f} %" for method, found in wrong.items() if method != "shine")
+    yield f"- Of its answers about SQuAD's passages {wrong['shine']:.0f} % share no word with a right one ({others}):"
+    yield "  what it is ahead of Only Question in F1 it has by short answers too. Hold them against the text."
+    yield "- Unseen worlds are new by who has what: their names, values and sentences are those that it learned from."
     for found in results.trust["sets"]:
         about = f"{found['name']}, {found['contexts']} contexts"
         changed, leaked = (Estimate(**found["interference"][name]) for name in ("changed", "leak_on"))
@@ -299,13 +314,15 @@ def _paragraph(text: str) -> list[str]:
     return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
-def write_card(place: Path, scores: Path | None = None, *, chosen_on: Mapping[str, int] | None = None) -> Path:
+def write_card(
+    place: Path, scores: Path | None = None, *, chosen_on: Mapping[str, int] | None = None, notes: Sequence[str] = ()
+) -> Path:
     """Write the card, the curves and the figures they come from into the model's folder.
 
     Args:
         place: the folder of the package that holds the model.
         scores: the folder of ``score.sh``; without one, of what ``scores.json`` in ``place`` keeps.
-        chosen_on: see `Results`.
+        chosen_on, notes: see `Results`.
 
     Raises:
         ValueError: the scores are not of the hypernetwork that lies there.
@@ -318,12 +335,12 @@ def write_card(place: Path, scores: Path | None = None, *, chosen_on: Mapping[st
         before = [Version.read(version) for version in kept["before"]] if kept else []
         if kept and kept["version"]["weights"] != weights:
             before.append(Version.read(kept["version"]))
-        results = Results.of(scores, chosen_on=chosen_on or {}, before=before)
+        results = Results.of(scores, chosen_on=chosen_on or {}, before=before, notes=notes)
     else:
         if kept is None or kept["version"]["weights"] != weights:
             raise ValueError(f"{place / SCORES}: is not of the weights beside it; run score.sh and name its folder")
         results = Results.read(kept)
-    version = results.version(weights, rank=info.hypernetwork.rank, contexts=contexts_read(runs))
+    version = results.version(weights, rank=info.hypernetwork.rank, samples=samples_drawn(runs))
     curves(place / CURVES, runs, [*results.before, version], compared(results))
     (place / CARD).write_text(page(place, results, version), encoding="utf-8")
     (place / SCORES).write_text(json.dumps(results.kept(version), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -349,9 +366,12 @@ def main() -> None:
     parser.add_argument(
         "--chosen-on", nargs="+", default=[], metavar="SOURCE=QUESTIONS", help="that checkpoints were compared on before"
     )
+    parser.add_argument(
+        "--note", action="append", default=[], metavar="TEXT", help="what else is to be known of how it was measured"
+    )
     args = parser.parse_args()
     chosen_on = {source: int(count) for source, _, count in (words.partition("=") for words in args.chosen_on)}
-    print(write_card(PLACE, args.scores, chosen_on=chosen_on))
+    print(write_card(PLACE, args.scores, chosen_on=chosen_on, notes=args.note))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ Runs = Sequence[tuple[str, Path]]
 """What was kept of each training run, oldest first: its stage, numbered where one comes twice, and its folder."""
 COLORS = dict(zip(("pretrain", "mqa", "1qa"), STAGE_COLORS, strict=True))
 INK, PALE = "#333333", "#8a8a8a"
+AGAIN_FILE = "again.json"
+"""Beside a run's metrics: what was measured of its end later, and on what."""
 WATCHED = (
     ("loss a label token (nats)", ""),
     ("gap: the label under another context's adapter", "validation/adapter_gap"),
@@ -44,9 +46,21 @@ def read_runs(training: Path) -> Runs:
     return runs
 
 
-def contexts_read(runs: Runs) -> int:
-    """How many contexts all runs learned from, each as often as it was read."""
+def samples_drawn(runs: Runs) -> int:
+    """How many samples were drawn for all runs, each as often as it was: a context with its questions, in 1qa one question."""
     return sum(read_metrics(run, "loss")[0][-1] * read_recipe(run)["stage"]["batch_size"] for _, run in runs)
+
+
+def steps_not_taken(runs: Runs) -> int:
+    """Steps of all runs whose loss or gradient was no number."""
+    return sum(int(read_metrics(run, "skipped_steps")[1][-1]) for _, run in runs)
+
+
+def measured_again(run: Path) -> Mapping[str, Any] | None:
+    """What was measured of a run's end later, by name, and what about."""
+    file = run / AGAIN_FILE
+    found: Mapping[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return found
 
 
 def validation_losses(run: Path) -> list[str]:
@@ -78,21 +92,33 @@ def curves(file: Path, runs: Runs, versions: Sequence[Version], scores: Sequence
 
 
 def _draw_scores(axes: Axes, versions: Sequence[Version], score: Score) -> None:
-    places = range(len(versions))
+    places = [version.samples / 1000 for version in versions]
     found = [version.scores[score.name] for version in versions]
     values = [each.value for each in found]
     below, above = [each.value - each.low for each in found], [each.high - each.value for each in found]
-    axes.errorbar(places, values, yerr=[below, above], fmt="o-", color=STAGE_COLORS[0], linewidth=2, markersize=6, capsize=4)
-    for place, value in zip(places, values, strict=True):
-        axes.annotate(f"{value:.1f}", (place, value), (7, 5), textcoords="offset points", fontsize=9, color=INK)
-    end = len(versions) - 0.5
+    axes.errorbar(places, values, yerr=[below, above], fmt="o", color=STAGE_COLORS[0], markersize=6, capsize=4)
+    for number, (place, value, version) in enumerate(zip(places, values, versions, strict=True)):
+        if number and versions[number - 1].rank == version.rank:
+            axes.plot(places[number - 1 : number + 1], values[number - 1 : number + 1], color=STAGE_COLORS[0], linewidth=2)
+        last = number == len(versions) - 1
+        axes.annotate(
+            f"{value:.1f}\nrank {version.rank}",
+            (place, value),
+            (8 if last else -8, 0),
+            textcoords="offset points",
+            fontsize=8,
+            color=INK,
+            va="center",
+            ha="left" if last else "right",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )
+    width = 1.35 * places[-1]
     lines = [(*score.wanted, STAGE_COLORS[2]), *((name, height, PALE) for name, height in score.lines.items())]
     for name, height, color in lines:
         axes.axhline(height, color=color, linewidth=1, linestyle="--", zorder=0)
-        axes.annotate(name, (-0.5, height), (3, 3), textcoords="offset points", fontsize=8, color=INK)
-    labels = [f"rank {version.rank}\n{version.contexts:,}\ncontexts" for version in versions]
-    axes.set_xticks(list(places), labels, fontsize=8)
-    axes.set(xlim=(-0.5, end), ylim=(0, 1.12 * max(*(each.high for each in found), *(height for _, height, _ in lines))))
+        axes.annotate(name, (width, height), (-3, 3), textcoords="offset points", fontsize=8, color=INK, ha="right")
+    axes.set_xlabel("thousands of samples drawn for it", fontsize=8)
+    axes.set(xlim=(-0.1 * width, width), ylim=(0, 1.12 * max(*(each.high for each in found), *(height for _, height, _ in lines))))
     _finish(axes, score.title)
 
 
@@ -106,6 +132,11 @@ def _draw_watched(axes: Axes, runs: Runs, title: str, name: str) -> None:
         for metric in [name] if name else validation_losses(run):
             steps, values = read_metrics(run, metric)
             places = [column + 0.8 * step / last for step in steps]
+            again = measured_again(run)
+            if again is not None:
+                # What the run itself saw of its end was measured on too few contexts to stand beside the others.
+                kept = {"": "loss", "validation/adapter_gap": "gap", "validation/adapter_cosine": "cosine"}[name]
+                places, values = [column + 0.8], [again[kept]]
             style = "--" if "/complete/" in metric else "-"
             label = stage + (", completed" if style == "--" else "")
             axes.plot(places, values, style, marker="o", color=COLORS[stage], linewidth=2, markersize=4, label=label)

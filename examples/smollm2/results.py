@@ -29,14 +29,16 @@ class Version:
 
     Attributes:
         weights: the start of the SHA-256 of its file.
-        contexts: how many it had learned from, each as often as it was read.
+        samples: how many had been drawn for it, each as often as it was.
         scores: by name, as `Results.version` has them.
+        cosine: between its adapters of SQuAD's unseen articles.
     """
 
     weights: str
     rank: int
-    contexts: int
+    samples: int
     scores: Mapping[str, Estimate]
+    cosine: float
 
     def kept(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -46,7 +48,7 @@ class Version:
     def read(kept: Mapping[str, Any]) -> Version:
         """From `kept`."""
         scores = {name: Estimate(**found) for name, found in kept["scores"].items()}
-        return Version(kept["weights"], kept["rank"], kept["contexts"], scores)
+        return Version(kept["weights"], kept["rank"], kept["samples"], scores, kept["cosine"])
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Results:
         samples: the first questions of ``test.py`` with what each method answered.
         chosen_on: by source, how many of the questions had been used to choose these weights before all were asked.
         before: the versions that shipped before.
+        notes: what else is to be known of how all this was measured, in sentences.
     """
 
     answers: Mapping[str, Any]
@@ -81,35 +84,39 @@ class Results:
     samples: Sequence[Mapping[str, Any]]
     chosen_on: Mapping[str, int]
     before: Sequence[Version]
+    notes: Sequence[str] = ()
 
     @staticmethod
-    def of(folder: Path, *, chosen_on: Mapping[str, int], before: Sequence[Version]) -> Results:
+    def of(folder: Path, *, chosen_on: Mapping[str, int], before: Sequence[Version], notes: Sequence[str] = ()) -> Results:
         """From the folder of ``score.sh``."""
         answers, texts, trust = (
             json.loads((folder / file).read_text(encoding="utf-8"))
             for file in ("test/summary.json", "test_pretrain/summary.json", "trust/trust.json")
         )
-        return Results(_without_paths(answers), _without_paths(texts), trust, _first_answers(folder / "test"), chosen_on, before)
+        told = _without_paths(answers), _without_paths(texts), trust, _first_answers(folder / "test")
+        return Results(*told, chosen_on, before, notes)
 
     @staticmethod
     def read(kept: Mapping[str, Any]) -> Results:
         """From ``scores.json``."""
         before = [Version.read(version) for version in kept["before"]]
-        return Results(kept["answers"], kept["texts"], kept["trust"], kept["samples"], kept["chosen_on"], before)
+        told = (kept[name] for name in ("answers", "texts", "trust", "samples", "chosen_on"))
+        return Results(*told, before, kept["notes"])
 
     def kept(self, version: Version) -> dict[str, Any]:
         """As ``scores.json`` has it."""
-        told = {"samples": self.samples, "chosen_on": self.chosen_on, "answers": self.answers, "texts": self.texts}
-        return {"version": version.kept(), "before": [each.kept() for each in self.before], **told, "trust": self.trust}
+        versions = {"version": version.kept(), "before": [each.kept() for each in self.before]}
+        told = {name: getattr(self, name) for name in ("samples", "chosen_on", "notes", "answers", "texts", "trust")}
+        return {**versions, **told}
 
-    def version(self, weights: str, *, rank: int, contexts: int) -> Version:
+    def version(self, weights: str, *, rank: int, samples: int) -> Version:
         """These weights, with the scores that are compared from version to version."""
         scores = {
             "squad": self.score("squad", "shine", "f1"),
             "worlds": self.score("worlds", "shine", "em"),
             "texts": self.perplexity("shine", "reconstruct"),
         }
-        return Version(weights, rank, contexts, scores)
+        return Version(weights, rank, samples, scores, self.adapters()["squad"]["cosine"])
 
     def score(self, source: str, method: str, name: str) -> Estimate:
         """A score in percent."""

@@ -29,7 +29,7 @@ for folder in squad wikitext/wikitext-2-v1; do
 done
 
 "$python" test.py experiment=smollm2 "checkpoint=$checkpoint" "reader=$reader" "output=$out/test" \
-    "methods=[shine,in_context,in_context_tuned,only_question]" max_new_tokens=24 "$@"
+    "methods=[shine,shine_other,in_context,in_context_tuned,only_question]" max_new_tokens=24 "$@"
 "$python" test_pretrain.py experiment=smollm2 "checkpoint=$checkpoint" "output=$out/test_pretrain" \
     stage.context_length=320 "$@"
 "$python" -m shine.cli.main trust "$checkpoint" --contexts 16 --seed 9000 --knowledge examples/knowledge.jsonl --output "$out/trust"

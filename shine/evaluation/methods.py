@@ -171,6 +171,22 @@ class Shine(Method):
         return self.hypernetwork(self.speaker.backbone, ids, mask)
 
 
+class ShineOther(Shine):
+    """The control: every question under the adapter that another context of its batch has.
+
+    What this scores above Only Question is what any adapter brings, such as short answers; what SHINE scores above this it has
+    from the context.
+    """
+
+    def adapters(self) -> LoRA:
+        own = super().adapters()
+        if own.batch < 2:
+            raise ValueError(
+                "methods=[shine_other] needs another context beside each: give two contexts at least, and batch_size=3 at least"
+            )
+        return own.select([(index + 1) % own.batch for index in range(own.batch)])
+
+
 class InContext(Method):
     """The context in the prompt, before the first question."""
 

@@ -22,7 +22,13 @@ from shine.training.monitor import METRICS_FILE
 if TYPE_CHECKING:
     from shine.evaluation.report import Run
 
-COLORS = {"shine": "#d1495b", "in_context": "#30638e", "in_context_tuned": "#66a182", "only_question": "#9aa5b1"}
+COLORS = {
+    "shine": "#d1495b",
+    "in_context": "#30638e",
+    "in_context_tuned": "#66a182",
+    "shine_other": "#e9a6b0",
+    "only_question": "#9aa5b1",
+}
 TUNED = "#edae49"
 DASHES, MARKS = ("-", "--", ":", "-."), ("o", "s", "^")
 STAGE_COLORS = ("#30638e", "#edae49", "#d1495b")

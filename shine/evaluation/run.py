@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,13 @@ from shine.checkpoint import (
     output_folder,
     read_weights,
 )
-from shine.config import EvaluationConfig, MethodName
-from shine.data.batching import chunks
+from shine.config import HYPERNETWORK_METHODS, EvaluationConfig, MethodName
 from shine.data.examples import Example
 from shine.data.sources import look_into, read_named
 from shine.data.tally import Tally
 from shine.evaluation import pretraining, qa, scores
 from shine.evaluation.fine_tuning import FineTuned, Lessons
-from shine.evaluation.methods import InContext, InContextTuned, Method, Shine, Speaker
+from shine.evaluation.methods import InContext, InContextTuned, Method, Shine, ShineOther, Speaker
 from shine.evaluation.results import PREDICTIONS_FILE, SUMMARY_FILE, Key, ResultFolder, Row, Unit
 from shine.evaluation.tables import answer_table, recall_table, show, way_table
 from shine.files import file_written_beside
@@ -74,8 +73,11 @@ class TestSet:
         return hashlib.sha256(repr((self.kind, self.examples, more)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def batches(self, size: int, length: Callable[[Example], int]) -> list[Sequence[Example]]:
-        """Contexts of one length together, so that little is padded."""
-        return chunks(sorted(self.examples, key=lambda example: (length(example), example.id)), size)
+        """Contexts of one length together, so that little is padded, at most ``size``; as many in each, so that none is alone."""
+        ordered = sorted(self.examples, key=lambda example: (length(example), example.id))
+        count = -(-len(ordered) // size)
+        ends = [len(ordered) * number // count for number in range(count + 1)]
+        return [ordered[start:end] for start, end in pairwise(ends)]
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
 
 def with_checkpoint(config: EvaluationConfig, *, say: Callable[[str], None]) -> EvaluationConfig:
     """The configuration with the directory that its checkpoint means and the hypernetwork that lies there, both said."""
-    if "shine" not in config.methods:
+    if not HYPERNETWORK_METHODS & set(config.methods):
         return config
     if config.checkpoint is None:
         raise ValueError("checkpoint: missing; set checkpoint=<directory>, or leave SHINE out: methods=[in_context,only_question]")
@@ -127,11 +129,11 @@ def load_methods(config: EvaluationConfig) -> list[Method]:
 
 
 def _methods(name: MethodName, config: EvaluationConfig, speaker: Speaker) -> Iterator[Method]:
-    if name == "shine":
+    if name in HYPERNETWORK_METHODS:
         assert config.checkpoint is not None
         hypernetwork = load_hypernetwork(config.checkpoint, speaker.backbone, config=config.hypernetwork)
         check_backbone(config.checkpoint, config=config.backbone, found=fingerprint(speaker.backbone.model, speaker.tokenizer))
-        yield Shine(name, speaker, hypernetwork)
+        yield (Shine if name == "shine" else ShineOther)(name, speaker, hypernetwork)
     elif name == "in_context":
         yield InContext(name, speaker)
     elif name == "in_context_tuned":
@@ -206,7 +208,7 @@ def _plan(
     # All fine-tuned methods learn from the same.
     lessons = [method.lessons for method in methods if isinstance(method, FineTuned)][:1]
     digest.update(repr(lessons).encode("utf-8", "surrogatepass"))
-    scored = config.checkpoint if "shine" in config.methods else None
+    scored = config.checkpoint if HYPERNETWORK_METHODS & set(config.methods) else None
     weights = weights_digest(scored, [method.reader for method in methods if isinstance(method, InContextTuned)])
     values = asdict(config)
     for key in ("output", "checkpoint", "reader", "data", "resume"):

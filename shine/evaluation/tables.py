@@ -13,6 +13,7 @@ from shine.evaluation.statistics import Estimate
 
 TITLES = {
     "shine": "SHINE",
+    "shine_other": "SHINE, another context",
     "in_context": "In-Context",
     "in_context_tuned": "In-Context, tuned",
     "only_question": "Only Question",

@@ -133,8 +133,9 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 
 def _of_different_contexts(samples: Sequence[Sample], *, most: int = 16) -> list[Sample]:
-    """One sample of each of the first contexts: a context may have many samples (1qa), but has one adapter."""
-    return list({tuple(sample.context_ids): sample for sample in samples}.values())[:most]
+    """One sample of each of some contexts, from first to last: a context may have many samples (1qa), but has one adapter."""
+    found = list({tuple(sample.context_ids): sample for sample in samples}.values())
+    return [found[place] for place in _spread(len(found), most)]
 
 
 def _first_answer(sample: Sample) -> tuple[Sample, list[int]]:
