@@ -99,12 +99,12 @@ def test_the_recipe_for_a_gpu_is_chosen_by_name(tmp_path: Path, recorder: Path) 
     assert "experiment=smollm2_gpu" in found[-1]
 
 
-def test_scoring_asks_all_four_methods_and_looks_for_side_effects(tmp_path: Path, recorder: Path) -> None:
+def test_scoring_asks_all_methods_and_the_control_and_looks_for_side_effects(tmp_path: Path, recorder: Path) -> None:
     found = commands("score.sh", tmp_path / "out", "smollm2-135m", "here/reader", "batch_size=3", recorder=recorder)
     programs = [command[2] if command[0] == "-m" else command[0] for command in found]
     assert programs == ["test.py", "test_pretrain.py", "trust", "report"]
     config = composed(EvaluationConfig, "test", found[0][1:])
-    assert config.methods == ("shine", "in_context", "in_context_tuned", "only_question")
+    assert config.methods == ("shine", "shine_other", "in_context", "in_context_tuned", "only_question")
     assert (config.reader, config.batch_size, set(config.data.test)) == ("here/reader", 3, {"squad", "worlds"})
     texts = composed(EvaluationConfig, "test_pretrain", found[1][1:])
     assert texts.stage.context_length >= 300
