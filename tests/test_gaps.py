@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from runs import stage_config
 
 from shine.chat import token_counter, token_ids
-from shine.config import BackboneConfig, SourceConfig
+from shine.cli.doors import composed
+from shine.config import BackboneConfig, SourceConfig, TrainConfig
 from shine.data.build import samples_of
 from shine.data.examples import Turn
 from shine.data.gaps import BLANK, MOST_WORDS, gap_questions
@@ -132,6 +133,32 @@ def test_a_recitation_asks_for_the_whole_passage(tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match=r"options\.ask: missing; a 'recitations' source needs it"):
         list(read_source(SourceConfig("recitations", source.path)))
+
+
+@pytest.mark.parametrize("kind", ["gaps", "recitations"])
+def test_the_first_texts_are_left_out_whole(tmp_path: Path, kind: str) -> None:
+    """Names stay those of the whole file, in which a text that stands twice in a row is one."""
+    path, more = texts_file(tmp_path, TEXT, TEXT, f"{TEXT} Once more.", "It was 1912. It was 1913."), {"ask": "<say>"}
+    options = {"length": 400, **(more if kind == "recitations" else {})}
+    everything = list(read_source(SourceConfig(kind, path, options=options)))
+    found = list(read_source(SourceConfig(kind, path, options={**options, "skip_texts": 1})))
+    assert found == [example for example in everything if not example.id.startswith("train-0#")]
+    assert 0 < len(found) < len(everything)
+    with pytest.raises(ValueError, match=r"options\.skip_texts=-1: at least 0"):
+        list(read_source(SourceConfig(kind, path, options={**options, "skip_texts": -1})))
+
+
+@pytest.mark.parametrize("stage", ["mqa", "1qa"])
+def test_what_pretraining_is_watched_on_is_not_asked_about(stage: str) -> None:
+    """Of the larger recipe, whose stages read the same texts."""
+    watched = composed(TrainConfig, "train", ["experiment=smollm2_gpu", "stage=pretrain", "output=x"]).data
+    asked = composed(TrainConfig, "train", ["experiment=smollm2_gpu", f"stage={stage}", "output=x"]).data.train
+    texts = watched.validation["transmla"]
+    assert texts.limit is not None
+    assert watched.train["transmla"].skip >= texts.skip + texts.limit
+    same = [source for source in asked.values() if source.path == texts.path]
+    assert len(same) == 3
+    assert all(source.options["skip_texts"] >= texts.skip + texts.limit for source in same)
 
 
 @pytest.mark.parametrize("options", [{"length": 0}, {"of_each": 0}, {"turns": 0}])

@@ -13,7 +13,14 @@ from shine.pieces import sentences
 
 
 def read_gaps(
-    source: Source, *, column: str = "text", length: int = 200, turns: int = 6, of_each: int | None = None, seed: int = 0
+    source: Source,
+    *,
+    column: str = "text",
+    length: int = 200,
+    turns: int = 6,
+    of_each: int | None = None,
+    skip_texts: int = 0,
+    seed: int = 0,
 ) -> Iterator[Example]:
     """Passages of a text, each with questions made of its own sentences (see `shine.data.gaps`).
 
@@ -22,17 +29,18 @@ def read_gaps(
         length: most tokens of a passage, which is whole sentences of one text.
         turns: questions of a passage, at most; passages without any are left out.
         of_each: at most so many passages of a text, from its beginning.
+        skip_texts: leave out the first so many texts with all of their passages: those that something else is watched on.
         seed: of which questions are asked.
     """
     _at_least_one(turns=turns)
-    for name, passage in _passages(source, column=column, length=length, of_each=of_each):
+    for name, passage in _passages(source, column=column, length=length, of_each=of_each, skip_texts=skip_texts):
         found = gap_questions(passage, most=turns, rng=random.Random(f"{seed} {passage}"))
         if found:
             yield Example(name, passage, found)
 
 
 def read_recitations(
-    source: Source, *, ask: str, column: str = "text", length: int = 200, of_each: int | None = None
+    source: Source, *, ask: str, column: str = "text", length: int = 200, of_each: int | None = None, skip_texts: int = 0
 ) -> Iterator[Example]:
     """Passages of a text, each with one turn, ``ask``, whose answer is the passage.
 
@@ -40,17 +48,19 @@ def read_recitations(
     stage does not unlearn it.
 
     Args:
-        column, length, of_each: as for `read_gaps`.
+        column, length, of_each, skip_texts: as for `read_gaps`.
     """
-    for name, passage in _passages(source, column=column, length=length, of_each=of_each):
+    for name, passage in _passages(source, column=column, length=length, of_each=of_each, skip_texts=skip_texts):
         yield Example(name, passage, (Turn(ask, (passage,), "recitation"),))
 
 
-def _passages(source: Source, *, column: str, length: int, of_each: int | None) -> Iterator[tuple[str, str]]:
+def _passages(source: Source, *, column: str, length: int, of_each: int | None, skip_texts: int) -> Iterator[tuple[str, str]]:
     """Names and passages: as many whole sentences as fit into ``length`` tokens; a sentence that does not fit ends one."""
     _at_least_one(length=length, of_each=of_each)
     rows = parsed(source, {column: str | None}, lambda row, place: (row[column] or "").strip())
-    for index, (text, _) in enumerate(itertools.groupby(rows)):
+    if skip_texts < 0:
+        raise ValueError(f"options.skip_texts={skip_texts}: at least 0")
+    for index, (text, _) in itertools.islice(enumerate(itertools.groupby(rows)), skip_texts, None):
         passages = itertools.islice(_cut(text, source, length), of_each)
         yield from ((f"{source.config.split}-{index}#{number}", passage) for number, passage in enumerate(passages, start=1))
 
