@@ -24,7 +24,13 @@ PACKED = "packed"
 
 @contextmanager
 def packed(backbone: Backbone) -> Iterator[None]:
-    """Inside, both passes of a training step over padded batches are made over rows without padding."""
+    """Inside, both passes of a training step over padded batches are made over rows without padding.
+
+    Raises:
+        ValueError: activations are to be computed again, by when the lengths of the row at hand are others.
+    """
+    if backbone.activation_checkpointing:
+        raise ValueError("packed rows do not go with activation checkpointing: load the backbone without it")
     rows = _Rows(backbone)
     before = backbone.model.config._attn_implementation
     AttentionInterface.register(PACKED, rows.attend)
@@ -46,6 +52,8 @@ class _Rows:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self.lengths: list[int] = []
+        self._worn: LoRA | None = None
+        self._alone: list[LoRA] = []
 
     def memory_states(self, context_ids: Tensor, context_mask: Tensor | None, *, memory_tokens: Tensor, meta_lora: LoRA) -> Tensor:
         """As `Backbone.memory_states`."""
@@ -88,7 +96,12 @@ class _Rows:
 
     def wear(self, lora: LoRA) -> LayerLoRA:
         """What a layer wears: as ever where one adapter serves the whole row."""
-        return LayerLoRA(lora) if lora.batch == 1 else _WornInPieces(lora, self.lengths)
+        if lora.batch == 1:
+            return LayerLoRA(lora)
+        if self._worn is not lora:
+            # Once for all layers of a pass.
+            self._worn, self._alone = lora, [lora.select([number]) for number in range(lora.batch)]
+        return _WornInPieces(lora, self._alone, self.lengths)
 
     def _positions(self) -> Tensor:
         device = self.backbone.device
@@ -98,10 +111,9 @@ class _Rows:
 class _WornInPieces(LayerLoRA):
     """Each piece of the one row wears an adapter of its own."""
 
-    def __init__(self, lora: LoRA, lengths: Sequence[int]) -> None:
-        alone = [lora.select([number]) for number in range(lora.batch)]
+    def __init__(self, lora: LoRA, alone: Sequence[LoRA], lengths: Sequence[int]) -> None:
         super().__init__(lora)
-        self._lengths, self._alone = lengths, [LayerLoRA(each) for each in alone]
+        self._lengths, self._loras, self._alone = lengths, alone, [LayerLoRA(each) for each in alone]
         self._row: Tensor | None = None
         self._inputs: tuple[Tensor, ...] = ()
 
@@ -110,8 +122,9 @@ class _WornInPieces(LayerLoRA):
         if self._row is not x:
             # The same pieces for all linears of one input, which know by them that they share it.
             self._row, self._inputs = x, x.split(self._lengths, dim=1)
-        pieces = zip(self._alone, self._inputs, output.split(self._lengths, dim=1), strict=True)
-        return torch.cat([worn.add(path, group, given, made.clone()) for worn, given, made in pieces], dim=1)
+        projected = [worn._project(path, group, given) for worn, given in zip(self._alone, self._inputs, strict=True)]
+        updates = [torch.bmm(each, lora[path][1].to(x.dtype)) for each, lora in zip(projected, self._loras, strict=True)]
+        return output.add_(torch.cat(updates, dim=1))
 
 
 def _pieces(ids: Tensor, mask: Tensor | None) -> list[Tensor]:

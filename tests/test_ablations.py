@@ -101,6 +101,12 @@ def test_rows_are_packed_without_padding(subject: Subject) -> None:
     assert seen == [(1, 40 + 25 + 31 + 3 * memory), (1, 24 + 36 + 30)]
 
 
+def test_packed_rows_refuse_what_computes_a_layer_again(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject.backbone, "activation_checkpointing", True)
+    with pytest.raises(ValueError, match="load the backbone without it"), packed(subject.backbone):
+        pass
+
+
 def test_the_command_prints_every_way_and_stops_at_another_loss(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,8 +114,8 @@ def test_the_command_prints_every_way_and_stops_at_another_loss(
     monkeypatch.setattr(sys, "argv", fixed)
     ablations.main()
     said = capsys.readouterr().out
-    assert all(f"  {name} " in said for name in (ablations.OURS, *ablations.ABLATIONS))
-    assert said.count("times as long, loss 0.00% apart") == len(ablations.ABLATIONS)
+    assert all(f"  {name} " in said for name in (ablations.OURS, *ablations.ABLATIONS, ablations.AGAIN))
+    assert said.count("times as long, loss 0.00% apart") == len(ablations.ABLATIONS) + 1
 
     @contextmanager
     def wrong(_subject: Subject) -> Iterator[None]:

@@ -100,8 +100,8 @@ class Results:
     def read(kept: Mapping[str, Any]) -> Results:
         """From ``scores.json``."""
         before = [Version.read(version) for version in kept["before"]]
-        told = (kept[name] for name in ("answers", "texts", "trust", "samples", "chosen_on"))
-        return Results(*told, before, kept["notes"])
+        told = {name: kept[name] for name in ("answers", "texts", "trust", "samples", "chosen_on", "notes")}
+        return Results(**told, before=before)
 
     def kept(self, version: Version) -> dict[str, Any]:
         """As ``scores.json`` has it."""
