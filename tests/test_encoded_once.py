@@ -91,7 +91,7 @@ def test_a_resumed_evaluation_reads_no_context_again(
         patch.setattr(ResultFolder, "append", stopping)
         with pytest.raises(KeyboardInterrupt):
             evaluate(config)
-    assert sum(read.values()) == 2
+    assert 0 < sum(read.values()) < len(CONTEXTS)
     summary = evaluate(config)
     assert read == Counter(CONTEXTS)
     assert summary["sources"]["mine"]["methods"]["shine"]["contexts_encoded"] == 5

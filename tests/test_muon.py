@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,9 @@ from torch import nn
 from shine.backbone import Backbone
 from shine.config import BackboneConfig
 from shine.hypernetwork import Hypernetwork
-from shine.manifest import write_manifest
 from shine.training.muon import Muon, orthogonalised
 from shine.training.optimizer import build_optimizer
 from shine.training.stage import train
-from shine.training.state import RUN_FILE, step_directories
 
 
 def test_muon_takes_the_matrices_of_the_m2p_transformer_and_adamw_the_rest(make_backbone: Callable[..., Backbone]) -> None:
@@ -124,17 +121,3 @@ def test_a_run_may_change_its_optimizer_when_told(
     train(train_config(tiny_backbone_folder, tmp_path, **values[after], resume="latest", allow_changes=True))
     assert len(losses_of(tmp_path)) == 8
     assert "the moments of the optimizer begin anew" in capsys.readouterr().out
-
-
-def test_a_run_recorded_before_there_was_a_choice_goes_on(tiny_backbone_folder: str, tmp_path: Path) -> None:
-    values = {"stage": stage_config(steps=8, save_every=4)}
-    train(train_config(tiny_backbone_folder, tmp_path, **values))
-    go_back_to_a_save(tmp_path, step=4)
-    directory = step_directories(tmp_path)[-1]
-    record = directory / RUN_FILE
-    found = json.loads(record.read_text())
-    del found["config"]["stage"]["optimizer"]
-    record.write_text(json.dumps(found))
-    write_manifest(directory)
-    train(train_config(tiny_backbone_folder, tmp_path, **values, resume="latest"))
-    assert len(losses_of(tmp_path)) == 8

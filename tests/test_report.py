@@ -7,7 +7,7 @@ import math
 import shutil
 import statistics as exact
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -231,8 +231,9 @@ def test_adapters_of_different_contexts_are_held_against_each_other(results: dic
         with torch.no_grad():
             lora = hypernetwork(backbone, ids, None)
         flat.append(torch.cat([(a[0] @ b[0]).flatten() for a, b in lora.values()]))
-    size = summary["config"]["batch_size"]
-    within = [(i, j) for i in range(len(texts)) for j in range(i) if i // size == j // size]
+    batches = -(-len(texts) // summary["config"]["batch_size"])
+    ends = [len(texts) * number // batches for number in range(batches + 1)]
+    within = [(i, j) for start, end in pairwise(ends) for i in range(start, end) for j in range(start, i)]
     pairs = [float(torch.nn.functional.cosine_similarity(flat[i], flat[j], dim=0)) for i, j in within]
     assert found["shine"]["adapters"]["pairs"] == len(within) > 0
     assert found["shine"]["adapters"]["cosine"] == pytest.approx(exact.mean(pairs), abs=1e-4)
