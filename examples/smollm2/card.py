@@ -274,7 +274,7 @@ def _limits(results: Results) -> Iterator[str]:
     wrong = {method: results.score("squad", method, "wrong") for method in results.answers["sources"]["squad"]["methods"]}
     others = ", ".join(f"{title_of(method)} {found.value:.0f} %" for method, found in wrong.items() if method != "shine")
     yield f"- Of its answers about SQuAD's passages {wrong['shine']:.0f} % share no word with a right one ({others}):"
-    yield "  what it is ahead of Only Question in F1 it has by short answers too. Hold them against the text."
+    yield "  hold them against the text."
     yield "- Unseen worlds are new by who has what: their names, values and sentences are those that it learned from."
     for found in results.trust["sets"]:
         about = f"{found['name']}, {found['contexts']} contexts"
