@@ -22,7 +22,7 @@ import torch
 from machine import alternate, first_runs, ratio_with_spread
 from packing import packed
 from recipe import unread_logits
-from subject import DTYPES, MODELS, Subject, examples, load
+from subject import DTYPES, MODELS, Subject, attending, examples, load
 from torch import Tensor, nn
 from torch.nn import functional as F
 from train_step import MOST_APART, ROWS, Ours, lengths_of, padding
@@ -109,14 +109,8 @@ def labels_at_once(subject: Subject) -> Iterator[None]:
 @contextmanager
 def fused_attention(subject: Subject) -> Iterator[None]:
     """PyTorch's fused attention, in the backbone and in the M2P transformer; ours on a GPU already."""
-    model = subject.backbone.model
-    before = model.config._attn_implementation
-    model.set_attn_implementation(attention.FUSED)
-    try:
-        with patch.object(m2p, "mix", F.scaled_dot_product_attention):
-            yield
-    finally:
-        model.set_attn_implementation(before)
+    with attending(subject.backbone, attention.FUSED), patch.object(m2p, "mix", F.scaled_dot_product_attention):
+        yield
 
 
 class _Apart(LayerLoRA):

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import torch
+from subject import attending
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -32,18 +33,14 @@ def packed(backbone: Backbone) -> Iterator[None]:
     if backbone.activation_checkpointing:
         raise ValueError("packed rows do not go with activation checkpointing: load the backbone without it")
     rows = _Rows(backbone)
-    before = backbone.model.config._attn_implementation
     AttentionInterface.register(PACKED, rows.attend)
     AttentionMaskInterface.register(PACKED, lambda *_args, **_kwargs: None)
-    backbone.model.set_attn_implementation(PACKED)
     with ExitStack() as stack:
+        stack.enter_context(attending(backbone, PACKED))
         stack.enter_context(patch.object(backbone, "memory_states", rows.memory_states))
         stack.enter_context(patch.object(backbone, "hidden", rows.hidden))
         stack.enter_context(patch("shine.backbone.LayerLoRA", rows.wear))
-        try:
-            yield
-        finally:
-            backbone.model.set_attn_implementation(before)
+        yield
 
 
 class _Rows:
@@ -113,7 +110,7 @@ class _WornInPieces(LayerLoRA):
 
     def __init__(self, lora: LoRA, alone: Sequence[LoRA], lengths: Sequence[int]) -> None:
         super().__init__(lora)
-        self._lengths, self._loras, self._alone = lengths, alone, [LayerLoRA(each) for each in alone]
+        self._lengths, self._alone = lengths, [LayerLoRA(each) for each in alone]
         self._row: Tensor | None = None
         self._inputs: tuple[Tensor, ...] = ()
 
@@ -122,8 +119,10 @@ class _WornInPieces(LayerLoRA):
         if self._row is not x:
             # The same pieces for all linears of one input, which know by them that they share it.
             self._row, self._inputs = x, x.split(self._lengths, dim=1)
-        projected = [worn._project(path, group, given) for worn, given in zip(self._alone, self._inputs, strict=True)]
-        updates = [torch.bmm(each, lora[path][1].to(x.dtype)) for each, lora in zip(projected, self._loras, strict=True)]
+        updates = [
+            torch.bmm(worn._project(path, group, given), worn._lora[path][1].to(x.dtype))
+            for worn, given in zip(self._alone, self._inputs, strict=True)
+        ]
         return output.add_(torch.cat(updates, dim=1))
 
 

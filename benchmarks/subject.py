@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,18 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto", activation_che
     targets = config.hypernetwork.targets
     backbone = Backbone(model, targets=targets, activation_checkpointing=activation_checkpointing)
     return Subject(name, backbone, _hypernetwork(config.hypernetwork, backbone), place, plain)
+
+
+@contextmanager
+def attending(backbone: Backbone, implementation: str) -> Iterator[None]:
+    """Inside, the backbone attends by this ``attn_implementation``."""
+    model = backbone.model
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def examples(lengths: Sequence[tuple[int, int, int]], *, vocabulary_size: int, of_each: int = 1) -> list[Sample]:

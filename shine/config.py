@@ -18,8 +18,6 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 NotNegative = Annotated[float, Field(ge=0)]
 StageName = Literal["pretrain", "mqa", "1qa"]
 MethodName = Literal["shine", "shine_other", "in_context", "in_context_tuned", "only_question", "fine_tuning"]
-HYPERNETWORK_METHODS = frozenset[MethodName](("shine", "shine_other"))
-"""Those that need a checkpoint."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -22,7 +22,7 @@ from shine.data.batching import chunks
 from shine.data.examples import Example, Turn
 from shine.data.tally import Tally
 from shine.evaluation import pretraining, qa
-from shine.evaluation.methods import Asked, Method
+from shine.evaluation.methods import Asked, Method, Shine
 from shine.evaluation.plots import smooth
 from shine.evaluation.results import PREDICTIONS_FILE, SUMMARY_FILE
 from shine.evaluation.run import TestSet as ContextSet
@@ -112,6 +112,9 @@ def test_the_control_answers_under_the_adapter_of_another_context(
         tiny_backbone_folder, tmp_path, checkpoint=checkpoint, methods=("shine", "shine_other"), batch_size=3
     )
     ours, other = load_methods(config)
+    assert isinstance(ours, Shine)
+    assert isinstance(other, Shine)
+    assert ours.hypernetwork is other.hypernetwork
     found = predict(other, EXAMPLES, config, conversations=False)
     turned = [replace(e, context=EXAMPLES[(n + 1) % len(EXAMPLES)].context) for n, e in enumerate(EXAMPLES)]
     expected = predict(ours, turned, config, conversations=False)

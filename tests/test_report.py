@@ -7,7 +7,7 @@ import math
 import shutil
 import statistics as exact
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from shine.chat import token_ids
 from shine.checkpoint import CheckpointInfo, load_hypernetwork, save_hypernetwork
 from shine.cli.main import main
 from shine.config import BackboneConfig, FineTuningConfig, StageConfig
+from shine.data.batching import even_chunks
 from shine.evaluation import plots
 from shine.evaluation.report import Run
 from shine.evaluation.results import PREDICTIONS_FILE, SUMMARY_FILE, read_jsonl
@@ -231,9 +232,8 @@ def test_adapters_of_different_contexts_are_held_against_each_other(results: dic
         with torch.no_grad():
             lora = hypernetwork(backbone, ids, None)
         flat.append(torch.cat([(a[0] @ b[0]).flatten() for a, b in lora.values()]))
-    batches = -(-len(texts) // summary["config"]["batch_size"])
-    ends = [len(texts) * number // batches for number in range(batches + 1)]
-    within = [(i, j) for start, end in pairwise(ends) for i in range(start, end) for j in range(start, i)]
+    batches = even_chunks(range(len(texts)), summary["config"]["batch_size"])
+    within = [(i, j) for batch in batches for i in batch for j in batch if j < i]
     pairs = [float(torch.nn.functional.cosine_similarity(flat[i], flat[j], dim=0)) for i, j in within]
     assert found["shine"]["adapters"]["pairs"] == len(within) > 0
     assert found["shine"]["adapters"]["cosine"] == pytest.approx(exact.mean(pairs), abs=1e-4)

@@ -24,9 +24,10 @@ INK, PALE = "#333333", "#8a8a8a"
 AGAIN_FILE = "again.json"
 """Beside a run's metrics: what was measured of its end later, and on what."""
 WATCHED = (
-    ("loss a label token (nats)", ""),
-    ("gap: the label under another context's adapter", "validation/adapter_gap"),
-    ("cosine between adapters of two contexts", "validation/adapter_cosine"),
+    # Its title, its name in the metrics (empty: each loss), and in `AGAIN_FILE`.
+    ("loss a label token (nats)", "", "loss"),
+    ("gap: the label under another context's adapter", "validation/adapter_gap", "gap"),
+    ("cosine between adapters of two contexts", "validation/adapter_cosine", "cosine"),
 )
 
 
@@ -74,8 +75,8 @@ def curves(file: Path, runs: Runs, versions: Sequence[Version], scores: Sequence
     figure, (above, below) = plt.subplots(2, 3, figsize=(12.5, 7.4), constrained_layout=True)
     for axes, score in zip(above, scores, strict=True):
         _draw_scores(axes, versions, score)
-    for axes, (title, name) in zip(below, WATCHED, strict=True):
-        _draw_watched(axes, runs, title, name)
+    for axes, watched in zip(below, WATCHED, strict=True):
+        _draw_watched(axes, runs, *watched)
     handles = {label: handle for handle, label in zip(*below[0].get_legend_handles_labels(), strict=True)}
     labels = sorted(handles)
     figure.legend(
@@ -122,20 +123,18 @@ def _draw_scores(axes: Axes, versions: Sequence[Version], score: Score) -> None:
     _finish(axes, score.title)
 
 
-def _draw_watched(axes: Axes, runs: Runs, title: str, name: str) -> None:
+def _draw_watched(axes: Axes, runs: Runs, title: str, name: str, kept: str) -> None:
     """Each run in a column of its own: steps of different runs are of different sizes, and what they watched differs too."""
     labels = []
     for column, (numbered, run) in enumerate(runs):
         stage, recipe = numbered.split()[0], read_recipe(run)["stage"]
         labels.append(str(recipe["context_length"]))
-        last = read_metrics(run, "loss")[0][-1]
+        last, again = read_metrics(run, "loss")[0][-1], measured_again(run)
         for metric in [name] if name else validation_losses(run):
             steps, values = read_metrics(run, metric)
             places = [column + 0.8 * step / last for step in steps]
-            again = measured_again(run)
             if again is not None:
                 # What the run itself saw of its end was measured on too few contexts to stand beside the others.
-                kept = {"": "loss", "validation/adapter_gap": "gap", "validation/adapter_cosine": "cosine"}[name]
                 places, values = [column + 0.8], [again[kept]]
             style = "--" if "/complete/" in metric else "-"
             label = stage + (", completed" if style == "--" else "")

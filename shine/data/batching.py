@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -56,6 +57,13 @@ class Batch:
 def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
     """Consecutive pieces of at most ``size`` items."""
     return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def even_chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Consecutive pieces of at most ``size`` items, as few as there can be, no two of which differ by more than one."""
+    count = -(-len(items) // size)
+    ends = [len(items) * number // count for number in range(count + 1)]
+    return [items[start:end] for start, end in pairwise(ends)]
 
 
 def pad_left(rows: Sequence[Sequence[int]], *, value: int, multiple: int = 1) -> tuple[Tensor, Tensor | None]:

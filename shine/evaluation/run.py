@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from shine.checkpoint import (
     output_folder,
     read_weights,
 )
-from shine.config import HYPERNETWORK_METHODS, EvaluationConfig, MethodName
+from shine.config import EvaluationConfig, MethodName
+from shine.data.batching import even_chunks
 from shine.data.examples import Example
 from shine.data.sources import look_into, read_named
 from shine.data.tally import Tally
@@ -36,6 +38,7 @@ from shine.evaluation.tables import answer_table, recall_table, show, way_table
 from shine.files import file_written_beside
 from shine.fingerprint import fingerprint
 from shine.host_memory import keep_freed_memory
+from shine.hypernetwork import Hypernetwork
 from shine.loading import load_backbone, with_dtype
 from shine.lora import LoRA
 from shine.training.distributed import Ranks, join_ranks
@@ -56,6 +59,8 @@ CODE = tuple(
 """What predictions and their scores follow from beside the plan's values: a folder that other code has begun is begun again."""
 LIBRARIES = ("torch", "transformers", "tokenizers", "rouge")
 """Whose versions count likewise."""
+HYPERNETWORK_METHODS: Mapping[MethodName, type[Shine]] = {"shine": Shine, "shine_other": ShineOther}
+"""Those that need a checkpoint."""
 SAY_EVERY = 30.0
 """Seconds between two lines about how far it is."""
 
@@ -74,10 +79,7 @@ class TestSet:
 
     def batches(self, size: int, length: Callable[[Example], int]) -> list[Sequence[Example]]:
         """Contexts of one length together, so that little is padded, at most ``size``; as many in each, so that none is alone."""
-        ordered = sorted(self.examples, key=lambda example: (length(example), example.id))
-        count = -(-len(ordered) // size)
-        ends = [len(ordered) * number // count for number in range(count + 1)]
-        return [ordered[start:end] for start, end in pairwise(ends)]
+        return even_chunks(sorted(self.examples, key=lambda example: (length(example), example.id)), size)
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
@@ -110,7 +112,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
 
 def with_checkpoint(config: EvaluationConfig, *, say: Callable[[str], None]) -> EvaluationConfig:
     """The configuration with the directory that its checkpoint means and the hypernetwork that lies there, both said."""
-    if not HYPERNETWORK_METHODS & set(config.methods):
+    if not _needs_checkpoint(config):
         return config
     if config.checkpoint is None:
         raise ValueError("checkpoint: missing; set checkpoint=<directory>, or leave SHINE out: methods=[in_context,only_question]")
@@ -125,15 +127,27 @@ def load_methods(config: EvaluationConfig) -> list[Method]:
     backbone, tokenizer = load_backbone(config.backbone, targets=config.hypernetwork.targets)
     keep_freed_memory(backbone.device)
     speaker = Speaker(backbone, tokenizer, config.prompts, config.backbone.baseline_prefix)
-    return [method for name in config.methods for method in _methods(name, config, speaker)]
+    # One for both methods that have it.
+    hypernetwork = functools.cache(lambda: _hypernetwork(config, speaker))
+    return [method for name in config.methods for method in _methods(name, config, speaker, hypernetwork)]
 
 
-def _methods(name: MethodName, config: EvaluationConfig, speaker: Speaker) -> Iterator[Method]:
+def _needs_checkpoint(config: EvaluationConfig) -> bool:
+    return not HYPERNETWORK_METHODS.keys().isdisjoint(config.methods)
+
+
+def _hypernetwork(config: EvaluationConfig, speaker: Speaker) -> Hypernetwork:
+    assert config.checkpoint is not None
+    hypernetwork = load_hypernetwork(config.checkpoint, speaker.backbone, config=config.hypernetwork)
+    check_backbone(config.checkpoint, config=config.backbone, found=fingerprint(speaker.backbone.model, speaker.tokenizer))
+    return hypernetwork
+
+
+def _methods(
+    name: MethodName, config: EvaluationConfig, speaker: Speaker, hypernetwork: Callable[[], Hypernetwork]
+) -> Iterator[Method]:
     if name in HYPERNETWORK_METHODS:
-        assert config.checkpoint is not None
-        hypernetwork = load_hypernetwork(config.checkpoint, speaker.backbone, config=config.hypernetwork)
-        check_backbone(config.checkpoint, config=config.backbone, found=fingerprint(speaker.backbone.model, speaker.tokenizer))
-        yield (Shine if name == "shine" else ShineOther)(name, speaker, hypernetwork)
+        yield HYPERNETWORK_METHODS[name](name, speaker, hypernetwork())
     elif name == "in_context":
         yield InContext(name, speaker)
     elif name == "in_context_tuned":
@@ -208,7 +222,7 @@ def _plan(
     # All fine-tuned methods learn from the same.
     lessons = [method.lessons for method in methods if isinstance(method, FineTuned)][:1]
     digest.update(repr(lessons).encode("utf-8", "surrogatepass"))
-    scored = config.checkpoint if HYPERNETWORK_METHODS & set(config.methods) else None
+    scored = config.checkpoint if _needs_checkpoint(config) else None
     weights = weights_digest(scored, [method.reader for method in methods if isinstance(method, InContextTuned)])
     values = asdict(config)
     for key in ("output", "checkpoint", "reader", "data", "resume"):
