@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 from machine import FORWARD_FORMULA, Ratio, alternate, peak_memory, ratio_with_spread, show_limits, show_profile, tf32
-from recipe import compare_adapters, recipe_lora
+from recipe import as_published, compare_adapters, recipe_lora
 from subject import DTYPES, MODELS, Subject, load, tokens
 
 from shine.flops import encoding_flops, forward_flops
@@ -77,7 +77,7 @@ def against_the_recipe(subject: Subject, length: int, *, rounds: int) -> None:
 
     @torch.inference_mode()
     def theirs() -> None:
-        with tf32():
+        with as_published():
             found["theirs"] = recipe_lora(hypernetwork, precise, context, context_length=PADDED)
 
     ours()

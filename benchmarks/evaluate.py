@@ -132,7 +132,7 @@ def main() -> None:
     if not args.without_recipe:
         # The last: it makes the weights in float32, which the peaks of the others must not count.
         try:
-            ways["recipe"], peaks["recipe"] = as_published(subject, speaker, examples, config)
+            ways["recipe"], peaks["recipe"] = recipe_way(subject, speaker, examples, config)
         except torch.OutOfMemoryError:
             print("  recipe: out of memory")
         if "recipe" not in ways:
@@ -144,7 +144,7 @@ def main() -> None:
     print(f"The products of a decoding step alone would allow {limit:.1f} times as many questions a second side by side.")
 
 
-def as_published(subject: Subject, speaker: Speaker, examples: Sequence[Example], config: EvaluationConfig) -> tuple[Way, int]:
+def recipe_way(subject: Subject, speaker: Speaker, examples: Sequence[Example], config: EvaluationConfig) -> tuple[Way, int]:
     """The recipe's way, run once, and its peak memory."""
     precise = replace(speaker, backbone=subject.precise)
     method = RecipeShine("recipe", precise, subject.hypernetwork, context_length=config.stage.context_length)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from machine import FORWARD_FORMULA, alternate, first_runs, ratio_with_spread, show_limits, show_profile, tf32
+from recipe import as_published
 from subject import DTYPES, MODELS, Subject, load, tokens
 from torch import Tensor
 from torch.nn import functional as F
@@ -123,8 +124,8 @@ def answering(subject: Subject, lora: LoRA, *, prompt: int, new: int, recipe: bo
     def one_by_one(backbone: Backbone, adapters: Sequence[LoRA]) -> Tensor:
         return torch.cat([generate(backbone, row, adapter) for row, adapter in zip(rows, adapters, strict=True)])
 
-    def as_published() -> Tensor:
-        with tf32():
+    def published() -> Tensor:
+        with as_published():
             return one_by_one(subject.precise, alone)
 
     ways: dict[str, Callable[[], Tensor]] = {
@@ -136,7 +137,7 @@ def answering(subject: Subject, lora: LoRA, *, prompt: int, new: int, recipe: bo
         "side by side, one adapter merged": lambda: generate(merged(), slice(None), None),
     }
     if recipe:
-        ways[RECIPE] = as_published
+        ways[RECIPE] = published
     return ways
 
 

@@ -51,7 +51,9 @@ class Operators:
         return self.kernels + self.views
 
 
-class _Count(TorchDispatchMode):
+class Count(TorchDispatchMode):
+    """How often each operator runs inside."""
+
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
@@ -70,7 +72,7 @@ def _a_layer(prepare: Callable[[PreTrainedModel], Callable[[], object]], device:
     found = []
     for layers in (2, 4):
         run = prepare(_model(layers, device))
-        with _Count() as count:
+        with Count() as count:
             run()
         found.append(count.found)
     added = {name: (found[1][name] - found[0][name]) / 2 for name in found[1]}

@@ -2,14 +2,15 @@
 
 float32 (on CUDA with TF32); each batch padded to the maximum lengths of the stage; vocabulary logits of every context position,
 which nobody reads, and of every position of the conversation, labelled or not; one sample a micro-batch, with a synchronisation
-after each; one question after the other, whose context is encoded again for each; PyTorch's fused attention. It wears its LoRAs by
-our hooks, which project the linears of one input together: in this it is faster than what it stands for.
+after each; one question after the other, whose context is encoded again for each; PyTorch's fused attention, in the M2P transformer
+too; each linear wears its LoRA by itself, and an update is a tensor of its own that is added to another (`as_published`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from machine import tf32
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from shine import m2p
 from shine.backbone import Backbone
 from shine.chat import IGNORE, token_ids
 from shine.data.batching import pad_left
@@ -25,6 +27,7 @@ from shine.evaluation.methods import Asked, Shine, Speaker
 from shine.flops import training_flops
 from shine.hypernetwork import Hypernetwork
 from shine.lora import LoRA
+from shine.wearing import LayerLoRA
 
 FARTHEST, FARTHEST_IN_FLOAT32 = 0.25, 0.03
 """What bfloat16 may change of an adapter, relative to its norm (a cosine of 0.97), and what TF32 may, of whose products each is
@@ -64,7 +67,7 @@ def recipe_step(
     labels = sum(sample.label_count for sample in samples)
     total = 0.0
     optimizer.zero_grad()
-    with tf32():
+    with as_published():
         for sample in samples:
             loss = recipe_loss(
                 hypernetwork, backbone, sample, context_length=context_length, conversation_length=conversation_length
@@ -110,11 +113,11 @@ class RecipeShine(Shine):
     def adapters(self) -> LoRA:
         (example,) = self.examples
         context = token_ids(self.speaker.tokenizer, example.context)
-        with tf32():
+        with as_published():
             return recipe_lora(self.hypernetwork, self.speaker.backbone, context, context_length=self.context_length)
 
     def answer_ids(self, asked: Sequence[Asked], *, max_new_tokens: int, batch_size: int) -> list[list[int]]:
-        with tf32():
+        with as_published():
             return super().answer_ids(asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 
@@ -123,6 +126,23 @@ def recipe_flops(backbone: Backbone, hypernetwork: Hypernetwork, *, context_leng
     lengths = {"read": context_length, "answered": conversation_length, "labels": conversation_length}
     unread = 2 * (context_length + hypernetwork.memory_tokens.shape[0]) * backbone.vocabulary_size * backbone.hidden_size
     return training_flops(backbone, hypernetwork, **lengths, recomputed=False) + unread
+
+
+class LinearLoRA(LayerLoRA):
+    """Each linear by itself: its ``A``, its ``B``, and the update added as autograd has it."""
+
+    def add(self, path: str, _group: tuple[str, ...], x: Tensor, output: Tensor) -> Tensor:
+        """``output + (x A) B`` for one adapter."""
+        a, b = (factor.to(x.dtype) for factor in self._lora[path])
+        return output + torch.matmul(torch.matmul(x, a), b)
+
+
+@contextmanager
+def as_published() -> Iterator[None]:
+    """Inside, the backbone wears each LoRA linear by linear, the M2P transformer attends by PyTorch's fused attention, and the
+    products of a GPU are TF32."""
+    with tf32(), patch("shine.backbone.LayerLoRA", LinearLoRA), patch.object(m2p, "mix", F.scaled_dot_product_attention):
+        yield
 
 
 @contextmanager

@@ -65,7 +65,12 @@ class Subject:
         """
         model = _same_weights(self.plain(), dtype=torch.float32)
         model.set_attn_implementation(attention.FUSED)
-        return Backbone(model, targets=self.hypernetwork.config.targets)
+        backbone = Backbone(model, targets=self.hypernetwork.config.targets)
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                # As transformers has it, not by the operator that a backbone takes.
+                module.__dict__.pop("forward", None)
+        return backbone
 
     def forget_precise(self) -> None:
         """Let the float32 weights go, where nobody else holds them."""

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import torch
 from conftest import tiny_hypernetwork_config, tiny_model
 from generate import FARTHEST, FARTHEST_IN_FLOAT32, MERGED, answering, compare, conversation, effects_apart
-from recipe import RecipeShine, recipe_lora, recipe_loss
+from recipe import RecipeShine, as_published, recipe_lora, recipe_loss
 from subject import Subject, load, tokens
 from train_step import MQA_LENGTHS, lengths_of, padding
 
@@ -49,11 +50,36 @@ def test_the_recipes_loss_and_gradients_are_ours() -> None:
     ids = list(range(10, 30))
     sample = Sample(id="a", context_ids=list(range(40, 71)), input_ids=ids, labels=[-100] * 8 + ids[8:])
     ours, _ = label_losses(hypernetwork, backbone, collate([sample], pad_id=0))
-    theirs = recipe_loss(hypernetwork, backbone, sample, context_length=40, conversation_length=33)
+    with as_published():
+        theirs = recipe_loss(hypernetwork, backbone, sample, context_length=40, conversation_length=33)
     torch.testing.assert_close(theirs, ours.sum(), rtol=1e-5, atol=1e-5)
     parameters = list(hypernetwork.parameters())
     for a, b in zip(torch.autograd.grad(ours.sum(), parameters), torch.autograd.grad(theirs, parameters), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_recipes_operators_are_the_published_ones() -> None:
+    """Its LoRAs linear by linear, fused attention in the M2P transformer, norms written out; outside, all is as it was."""
+    subject = load("cpu-world", device="cpu", dtype="bfloat16")
+    ids = tokens(1, 12, subject.backbone)
+    counted = []
+    for backbone, way in ((subject.backbone, nullcontext), (subject.precise, as_published), (subject.backbone, nullcontext)):
+        with way(), operators.Count() as count:
+            subject.hypernetwork(backbone, ids, None)
+        counted.append(count.found)
+    before, theirs, after = counted
+    assert before == after
+    assert before["baddbmm_"] == sum(len(layer) for layer in subject.backbone.linear_shapes)
+    assert "baddbmm_" not in theirs
+    attended = [count["_scaled_dot_product_flash_attention_for_cpu"] for count in (before, theirs)]
+    assert attended == [0, len(subject.backbone.linear_shapes) + len(subject.hypernetwork.m2p.layers)]
+    norms = [
+        [vars(module).get("forward") for name, module in backbone.model.named_modules() if name.endswith("norm")]
+        for backbone in (subject.backbone, subject.precise)
+    ]
+    assert all(norms[0])
+    assert not any(norms[1])
 
 
 def test_fine_tuning_has_a_model_of_its_own_on_the_same_weights() -> None:
