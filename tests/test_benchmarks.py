@@ -111,6 +111,8 @@ def test_training_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     rates = dict(re.findall(r"^  (\w+) +[\d.]+ s +([\d,]+) useful tokens/s", said, flags=re.M))
     assert rates.keys() == {"shine", "recipe", "peft"}
     assert re.search(r"share of the bfloat16 matrix rate: \d+%", said)
+    ratio = r"[\d.]+ \([\d.]+ to [\d.]+ in 1 rounds\)"
+    assert re.search(rf"against the recipe: {ratio} times as fast; against one at the whole float32 rate: {ratio}", said)
     losses = re.search(r"losses ([\d.]+) and ([\d.]+), [\d.]+% apart", said)
     assert losses is not None
     assert float(losses[1]) == pytest.approx(float(losses[2]), rel=0.02)

@@ -25,7 +25,7 @@ from shine.hypernetwork import Hypernetwork
 from shine.lora import LoRA
 from shine.training.reader import starting_lora
 
-METHODS = ("shine", "in_context", "in_context_tuned", "only_question")
+METHODS = ("shine", "shine_other", "in_context", "in_context_tuned", "only_question")
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +41,15 @@ def answers(scores: dict[str, float], *, em: dict[str, float], cosine: float) ->
     for name, mine in rows.items():
         found = summarise_answers(mine, bounds=(10,))
         methods[name] = {**found, **summarise_times(times, found)}
-    methods["shine"]["adapters"] = {"cosine": cosine, "pairs": 6, "effective_rank": 1.5}
+    intervals = {"cosine": [cosine - 0.01, cosine + 0.01]}
+    methods["shine"]["adapters"] = {"cosine": cosine, "intervals": intervals, "pairs": 6, "effective_rank": 1.5}
     return {"tally": "20 samples", "methods": methods, **compare_methods(rows, methods)}
 
 
 def write_scores(folder: Path, place: Path, *, shine: float, worlds: float, perplexity_loss: float, cosine: float) -> Path:
     """The three results that the card of the model in ``place`` is made of."""
-    squad = {"shine": shine, "in_context": 0.2, "in_context_tuned": 0.5, "only_question": 0.1}
-    invented = {"shine": worlds, "in_context": 0.4, "in_context_tuned": 0.9, "only_question": 0.02}
+    squad = {"shine": shine, "shine_other": 0.05, "in_context": 0.2, "in_context_tuned": 0.5, "only_question": 0.1}
+    invented = {"shine": worlds, "shine_other": 0.0, "in_context": 0.4, "in_context_tuned": 0.9, "only_question": 0.02}
     sources = {
         "squad": answers(squad, em=dict.fromkeys(METHODS, 0.0), cosine=cosine),
         "worlds": answers(invented, em=invented, cosine=cosine / 2),
@@ -73,13 +74,15 @@ def write_scores(folder: Path, place: Path, *, shine: float, worlds: float, perp
         "test/plan.json": {"config": config, "weights": weights["test"]},
         "test_pretrain/summary.json": {"config": config, "sources": texts},
         "test_pretrain/plan.json": {"config": config, "weights": weights["test_pretrain"]},
-        "trust/trust.json": {"sets": [trust]},
+        "trust/trust.json": {"weights": weights["test_pretrain"], "sets": [trust]},
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(value))
     rows = [
         {"source": source, "method": method, "id": number, "turn": turn, "question": f"{source} {number} {turn}?"}
         | {"answers": ["right", "fine"], "prediction": f"{method} | {'so ' * 40}" if turn == 0 else "later"}
+        # Of the first three worlds two people have a pet.
+        | {"kind": "pet" if turn == 0 or number < 3 else "job", "em": float(number >= 3)}
         for method in METHODS
         for source in sources
         for number in range(6)
@@ -136,7 +139,14 @@ def test_the_card_says_what_was_measured(module: ModuleType, place: Path, tmp_pa
     assert "were compared" not in page
     assert "40 steps of 8 contexts of the stage mqa at 0.001" in " ".join(page.split())
     assert "its loss is 3.00 over the first ten steps, 2.00 half way, 1.00 over the last ten" in " ".join(page.split())
-    assert "| SQuAD, unseen articles | 0.500 | 1.50 |" in page
+    assert "| SQuAD, unseen articles | 0.500 [0.490, 0.510] | 1.50 |" in page
+    words = " ".join(page.split())
+    assert "under the adapter of another passage, F1 on SQuAD is 5.0 [5.0, 5.0]; under its own" in words
+    assert "under its own it is 35.0 [35.0, 35.0] higher, passage by passage" in words
+    assert "What it scores there it has from the passage" in words
+    assert "100.0 [100.0, 100.0] % are exact where one person has a fact" in words
+    assert "asked for (6 questions), 0.0 [0.0, 0.0] % where several have (6)" in words
+    assert "SHINE, another context 0 %" not in words
     assert "of what the model knows by itself 40 [30, 50] % is still right" in page
     assert "declines" not in page
     assert "/home/me" not in (place / "scores.json").read_text()
@@ -157,6 +167,7 @@ def test_a_missed_target_is_called_so(module: ModuleType, place: Path, tmp_path:
     page = module.write_card(place, scores).read_text(encoding="utf-8")
     missed = [line.split("|")[1].strip() for line in page.splitlines() if line.endswith("**missed** |")]
     assert [line.split(":")[0].split(" ")[0] for line in missed] == ["SQuAD", "SQuAD", "reconstruction", "invented", "cosine"]
+    assert "That is not beyond chance." not in page
     assert "intervals apart | 19.0 [19.0, 19.0] against 10.0 [10.0, 10.0]; paired +9.0 [+9.0, +9.0] | reached |" in page
     assert "It reaches 1 of the 6 targets" in page
     assert "It misses 5 of its targets" in page
@@ -167,6 +178,21 @@ def spoil(place: Path, part: str) -> None:
     file = next((place / part).glob("*.safetensors"))
     tensors = load_file(file)
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def test_an_adapter_that_is_no_better_than_anothers_is_called_so(module: ModuleType, place: Path, tmp_path: Path) -> None:
+    scores = write_scores(tmp_path / "scores", place, shine=0.05, worlds=0.3, perplexity_loss=3.0, cosine=0.9)
+    page = " ".join(module.write_card(place, scores).read_text(encoding="utf-8").split())
+    assert "higher, passage by passage. That is not beyond chance." in page
+    assert "it has from the passage" not in page
+
+
+def test_side_effects_of_other_weights_make_no_card(module: ModuleType, place: Path, tmp_path: Path) -> None:
+    scores = write_scores(tmp_path / "scores", place, shine=0.4, worlds=0.7, perplexity_loss=1.0, cosine=0.5)
+    figures = json.loads((scores / "trust" / "trust.json").read_text())
+    (scores / "trust" / "trust.json").write_text(json.dumps({**figures, "weights": "0123456789abcdef"}))
+    with pytest.raises(ValueError, match=r"trust: scored other weights than .*model.hypernetwork; run score\.sh on that"):
+        module.write_card(place, scores)
 
 
 @pytest.mark.parametrize("part", ["hypernetwork", "reader"])
@@ -213,6 +239,7 @@ def test_a_card_shows_the_first_answers(module: ModuleType, place: Path, tmp_pat
     """The first question of the first contexts, whatever they are like, in one line each."""
     scores = write_scores(tmp_path / "scores", place, shine=0.4, worlds=0.7, perplexity_loss=1.0, cosine=0.5)
     page = module.write_card(place, scores).read_text(encoding="utf-8")
+    assert "| question | right | SHINE | In-Context | In-Context, tuned | Only Question |" in page
     shown = [line.split(" | ") for line in page.splitlines() if re.match(r"\| (squad|worlds) \d 0\?", line)]
     assert [cells[0] for cells in shown] == [f"| {source} {n} 0?" for source in ("squad", "worlds") for n in range(4)]
     assert all(cells[1] == "right" and cells[2].startswith("shine / so so") and cells[2].endswith("…") for cells in shown)

@@ -70,6 +70,22 @@ def test_the_limits_are_those_of_the_shapes(make_backbone: Callable[..., Backbon
     assert rate == pytest.approx(1e9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slow_products_that_nobody_needs_are_measured_once(
+    dtype: torch.dtype, make_backbone: Callable[..., Backbone], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bfloat16 at the fewest tokens where the backbone is float32, and at all where it is bfloat16."""
+    backbone = make_backbone()
+    backbone.model.to(dtype)
+    monkeypatch.setattr(machine, "gemm_rate", lambda shapes, *, dtype, device, seconds: 1e9 * shapes[0][0])
+    rates = machine.show_limits(backbone, rows=(3, 2, 5))
+    everything = {(count, each) for count in (3, 2, 5) for each in (torch.bfloat16, torch.float32)}
+    unneeded = {(3, torch.bfloat16), (5, torch.bfloat16)} if dtype == torch.float32 else set()
+    assert rates == {(count, each): 1e9 * count for count, each in everything - unneeded}
+    said = capsys.readouterr().out.splitlines()[1:]
+    assert [line.count("bfloat16") for line in said] == [int((count, torch.bfloat16) in rates) for count in (3, 2, 5)]
+
+
 def test_the_benchmark_of_answering_runs(tmp_path: Path) -> None:
     """As from the command line, from anywhere: every way answers; a model is named by its option alone."""
     command = [sys.executable, str(FILE.with_name("evaluate.py")), "--model", "cpu-world", "--device", "cpu", "--contexts", "2"]

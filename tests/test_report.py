@@ -239,7 +239,9 @@ def test_adapters_of_different_contexts_are_held_against_each_other(results: dic
     assert found["shine"]["adapters"]["cosine"] == pytest.approx(exact.mean(pairs), abs=1e-4)
     main(["report", str(results["first"]), "--output", str(tmp_path / "report")])
     shown = table((tmp_path / "report" / "report.md").read_text(), "Adapters of different contexts")
-    assert shown[1][:3] == ["first", "mine", f"{exact.mean(pairs):.2f}"]
+    assert shown[1][:2] == ["first", "mine"]
+    low, high = found["shine"]["adapters"]["intervals"]["cosine"]
+    assert shown[1][2] == f"{exact.mean(pairs):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def test_every_line_of_a_picture_is_told_from_the_others(results: dict[str, Path]) -> None:

@@ -136,12 +136,16 @@ def test_shares_and_lengths_are_counted() -> None:
 
 def test_adapters_are_compared_within_their_batch() -> None:
     timings = [
-        {"cosines": 1.2, "pairs": 3, "effective_ranks": 6.0, "adapters": 3},
-        {"cosines": 0.0, "pairs": 0, "effective_ranks": 1.0, "adapters": 1},
+        {"cosines": [0.4, 0.6, 0.2], "effective_ranks": 6.0, "adapters": 3},
+        {"cosines": [], "effective_ranks": 1.0, "adapters": 1},
         {"encode": 0.0},
     ]
-    assert summarise_adapters(timings) == {"adapters": {"cosine": pytest.approx(0.4), "pairs": 3, "effective_rank": 1.75}}
-    assert summarise_adapters(timings[1:2]) == {"adapters": {"cosine": None, "pairs": 0, "effective_rank": 1.0}}
+    found = summarise_adapters(timings)["adapters"]
+    assert (found["cosine"], found["pairs"], found["effective_rank"]) == (pytest.approx(0.4), 3, 1.75)
+    # A resample of the three may hold two of them only.
+    assert found["intervals"]["cosine"] == [pytest.approx(0.2), pytest.approx(0.6)]
+    alone = {"cosine": None, "intervals": {"cosine": None}, "pairs": 0, "effective_rank": 1.0}
+    assert summarise_adapters(timings[1:2]) == {"adapters": alone}
     assert summarise_adapters(timings[2:]) == {}
 
 

@@ -163,7 +163,8 @@ def test_smollm2_says_what_it_is() -> None:
         for found in scores["answers"]["sources"][source]["methods"].values():
             low, high = found["intervals"]["f1"]
             assert f"{found['f1']:.1f} [{low:.1f}, {high:.1f}]" in card
-    assert set(scores["answers"]["sources"]["squad"]["methods"]) == {"shine", "in_context", "in_context_tuned", "only_question"}
+    methods = {"shine", "shine_other", "in_context", "in_context_tuned", "only_question"}
+    assert set(scores["answers"]["sources"]["squad"]["methods"]) == methods
     module = example("smollm2/card.py")
     results = module.Results.read(scores)
     reached = [target.reached for target in module.targets(results)]
@@ -181,7 +182,8 @@ def test_smollm2_says_what_it_is() -> None:
 
 
 def test_smollm2_was_not_trained_on_what_it_is_scored_on() -> None:
-    """No kept recipe draws worlds or stories of a seed that scores are measured on, or reads the unseen articles' part of SQuAD."""
+    """No kept recipe draws worlds or stories of a seed that scores are measured on, or reads the unseen articles' part of SQuAD or
+    WikiText."""
     module = example("smollm2/card.py")
     tested = composed(EvaluationConfig, "test", ["experiment=smollm2", "output=x"]).data.test
     assert f"--seed {module.SCORED_SEEDS[1]} " in (ROOT / "examples" / "smollm2" / "score.sh").read_text()
@@ -190,6 +192,7 @@ def test_smollm2_was_not_trained_on_what_it_is_scored_on() -> None:
         for source in module.read_recipe(run)["data"].values():
             assert source["kind"] not in ("worlds", "stories") or source["options"].get("seed", 0) not in module.SCORED_SEEDS
             assert source["split"] == "train"
+            assert "wikitext" not in f"{source['kind']} {source['path']}".lower()
 
 
 @pytest.mark.slow

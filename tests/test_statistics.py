@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics as exact
 
 import numpy as np
 import pytest
 
-from shine.evaluation.statistics import Totals, break_even, difference, interval, way
+from shine.evaluation.statistics import Totals, break_even, difference, interval, pairs_interval, way
 
 
 def binomial_quantile(count: int, chance: float, share: float) -> int:
@@ -34,6 +35,23 @@ def test_a_mean_has_the_width_of_its_standard_error() -> None:
     values = np.random.default_rng(3).normal(50, 10, size=400)
     found = interval(Totals({str(n): (value, 1) for n, value in enumerate(values)}))
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * exact.pstdev(values) / 20, rel=0.06)
+
+
+def test_pairs_of_contexts_are_not_independent() -> None:
+    """Where a pair's value is the sum of its contexts', the mean over pairs is twice theirs and as wide as that, however many pairs
+    there are; in two groups it is still the contexts that count."""
+    values = np.random.default_rng(5).normal(0, 1, size=80)
+    sums = [[a + b for a, b in itertools.combinations(group, 2)] for group in (values, *np.split(values, 2))]
+    whole, halves = pairs_interval(sums[:1]), pairs_interval(sums[1:])
+    for found in (whole, halves):
+        assert found.value == pytest.approx(2 * values.mean())
+        assert (found.high - found.low) / 2 == pytest.approx(1.96 * 2 * exact.pstdev(values) / math.sqrt(80), rel=0.12)
+
+
+def test_a_pair_of_equals_is_as_sure_as_it_can_be() -> None:
+    """A context that was compared with nobody adds no pair, and resamples without any pair are left out."""
+    found = pairs_interval([[0.5], [], [0.5, 0.5, 0.5]])
+    assert (found.value, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
 
 
 def test_questions_about_one_context_are_not_independent() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from curves import Runs, curves, measured_again, read_recipe, read_runs, samples_drawn, steps_not_taken, validation_losses
-from results import SET_TITLES, Results, Version, check_scored, compared, digest_of, targets
+from results import CONTROL, SET_TITLES, Results, Version, check_scored, compared, digest_of, targets
 
 from shine.checkpoint import WEIGHTS_FILE, CheckpointInfo, read_info, read_weights
 from shine.evaluation.plots import read_metrics
@@ -78,8 +78,8 @@ def _summary(results: Results, info: CheckpointInfo, *, parameters: int, size: i
     yield from ['shine.chat(lora, "What is the job of Zoran?")', "```", ""]
     yield from _paragraph(
         "For research only: it learned from RACE and BBC text, see [LICENSE-WEIGHTS](LICENSE-WEIGHTS). "
-        "`sh examples/smollm2/score.sh` measures all scores on this page; `sh examples/smollm2/train.sh` goes on training from "
-        "here, which nobody has run to its end yet."
+        "`sh examples/smollm2/score.sh` measures what stands under *Scores* and *What it cannot do*; `sh "
+        "examples/smollm2/train.sh` goes on training from here, which nobody has run to its end yet."
     )
 
 
@@ -107,8 +107,30 @@ def _scores(results: Results) -> Iterator[str]:
         yield f"| {title_of(method)} | {' | '.join(cells)} |"
     yield from ["", "**Adapters of different contexts**: the effective rank is how many directions an update uses", ""]
     yield from ["| | mean cosine | effective rank |", "|---|---:|---:|"]
-    for source, adapters in results.adapters().items():
-        yield f"| {SET_TITLES[source]} | {adapters['cosine']:.3f} | {adapters['effective_rank']:.2f} |"
+    for source, title in SET_TITLES.items():
+        yield f"| {title} | {results.cosine(source):.3f} | {results.effective_rank(source):.2f} |"
+    yield from _where_from(results)
+
+
+def _where_from(results: Results) -> Iterator[str]:
+    """What of the scores is of the context, and what an adapter has of a world."""
+    others, apart = results.score("squad", CONTROL, "f1"), results.ahead("squad", "shine", CONTROL, "f1")
+    shown = "What it scores there it has from the passage, not from answering briefly."
+    yield ""
+    yield from _paragraph(
+        f"The control: under the adapter of another passage, F1 on SQuAD is {others:.1f}; under its own it is {apart:.1f} higher, "
+        f"passage by passage. {shown if apart.low > 0 else 'That is not beyond chance.'}"
+    )
+    alone, shared = (results.owners[name] for name in ("alone", "shared"))
+    yield ""
+    yield from _paragraph(
+        f"What the worlds' score is made of: {_estimate(alone):.1f} % are exact where one person has a fact of the kind that is "
+        f"asked for ({alone['questions']} questions), {_estimate(shared):.1f} % where several have ({shared['questions']})."
+    )
+
+
+def _estimate(found: Mapping[str, float]) -> Estimate:
+    return Estimate(found["value"], found["low"], found["high"])
 
 
 def _how_measured(results: Results) -> Iterator[str]:
@@ -272,7 +294,9 @@ def _limits(results: Results) -> Iterator[str]:
     if missed := sum(not target.reached for target in targets(results)):
         yield f"- It misses {missed} of its targets; the table above says by how much."
     wrong = {method: results.score("squad", method, "wrong") for method in results.answers["sources"]["squad"]["methods"]}
-    others = ", ".join(f"{title_of(method)} {found.value:.0f} %" for method, found in wrong.items() if method != "shine")
+    others = ", ".join(
+        f"{title_of(method)} {found.value:.0f} %" for method, found in wrong.items() if method not in ("shine", CONTROL)
+    )
     yield f"- Of its answers about SQuAD's passages {wrong['shine']:.0f} % share no word with a right one ({others}):"
     yield "  hold them against the text."
     yield "- Unseen worlds are new by who has what: their names, values and sentences are those that it learned from."

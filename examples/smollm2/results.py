@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,10 +15,14 @@ import torch
 from shine.checkpoint import WEIGHTS_FILE
 from shine.evaluation.results import PLAN_FILE, PREDICTIONS_FILE
 from shine.evaluation.run import weights_digest
-from shine.evaluation.statistics import Estimate
+from shine.evaluation.scores import totals
+from shine.evaluation.statistics import Estimate, interval
+from shine.evaluation.trust_page import FIGURES_FILE
 from shine.lora import LoRA
 
 SET_TITLES = {"squad": "SQuAD, unseen articles", "worlds": "invented worlds, unseen"}
+CONTROL = "shine_other"
+"""Each question under the adapter of another context."""
 SAMPLES_OF_EACH = 4
 WANTED_WAY, WANTED_PERPLEXITY, WANTED_WORLDS = 50, 4, 60
 """Percent of SQuAD's way, perplexity of texts given back, percent of the answers about worlds."""
@@ -73,6 +78,8 @@ class Results:
     Attributes:
         answers, texts, trust: the summaries of ``test.py`` and ``test_pretrain.py`` and the figures of ``shine trust``.
         samples: the first questions of ``test.py`` with what each method answered.
+        owners: of the answers about worlds, those where one person has a fact of the kind that is asked for, and those where
+            several have: ``questions``, and the EM of SHINE as an `Estimate` has it.
         chosen_on: by source, how many of the questions had been used to choose these weights before all were asked.
         before: the versions that shipped before.
         notes: what else is to be known of how all this was measured, in sentences.
@@ -82,6 +89,7 @@ class Results:
     texts: Mapping[str, Any]
     trust: Mapping[str, Any]
     samples: Sequence[Mapping[str, Any]]
+    owners: Mapping[str, Mapping[str, float]]
     chosen_on: Mapping[str, int]
     before: Sequence[Version]
     notes: Sequence[str] = ()
@@ -91,22 +99,24 @@ class Results:
         """From the folder of ``score.sh``."""
         answers, texts, trust = (
             json.loads((folder / file).read_text(encoding="utf-8"))
-            for file in ("test/summary.json", "test_pretrain/summary.json", "trust/trust.json")
+            for file in ("test/summary.json", "test_pretrain/summary.json", f"trust/{FIGURES_FILE}")
         )
-        told = _without_paths(answers), _without_paths(texts), trust, _first_answers(folder / "test")
+        lines = (folder / "test" / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        told = _without_paths(answers), _without_paths(texts), trust, _first_answers(rows), _by_owners(rows)
         return Results(*told, chosen_on, before, notes)
 
     @staticmethod
     def read(kept: Mapping[str, Any]) -> Results:
         """From ``scores.json``."""
         before = [Version.read(version) for version in kept["before"]]
-        told = {name: kept[name] for name in ("answers", "texts", "trust", "samples", "chosen_on", "notes")}
+        told = {name: kept[name] for name in ("answers", "texts", "trust", "samples", "owners", "chosen_on", "notes")}
         return Results(**told, before=before)
 
     def kept(self, version: Version) -> dict[str, Any]:
         """As ``scores.json`` has it."""
         versions = {"version": version.kept(), "before": [each.kept() for each in self.before]}
-        told = {name: getattr(self, name) for name in ("samples", "chosen_on", "notes", "answers", "texts", "trust")}
+        told = {name: getattr(self, name) for name in ("samples", "owners", "chosen_on", "notes", "answers", "texts", "trust")}
         return {**versions, **told}
 
     def version(self, weights: str, *, rank: int, samples: int) -> Version:
@@ -116,7 +126,7 @@ class Results:
             "worlds": self.score("worlds", "shine", "em"),
             "texts": self.perplexity("shine", "reconstruct"),
         }
-        return Version(weights, rank, samples, scores, self.adapters()["squad"]["cosine"])
+        return Version(weights, rank, samples, scores, self.cosine("squad").value)
 
     def score(self, source: str, method: str, name: str) -> Estimate:
         """A score in percent."""
@@ -138,9 +148,14 @@ class Results:
         found = found["lengths"][bound] if bound else found
         return Estimate(found["perplexity"], *found["intervals"]["perplexity"])
 
-    def adapters(self) -> dict[str, Mapping[str, float]]:
-        """Mean cosine and effective rank of SHINE's adapters, by set."""
-        return {name: found["methods"]["shine"]["adapters"] for name, found in self.answers["sources"].items()}
+    def cosine(self, source: str) -> Estimate:
+        """Between SHINE's adapters of the contexts of a set."""
+        found = self.answers["sources"][source]["methods"]["shine"]["adapters"]
+        return Estimate(found["cosine"], *found["intervals"]["cosine"])
+
+    def effective_rank(self, source: str) -> float:
+        """Of SHINE's adapters of the contexts of a set."""
+        return float(self.answers["sources"][source]["methods"]["shine"]["adapters"]["effective_rank"])
 
 
 @dataclass(frozen=True)
@@ -159,7 +174,7 @@ def targets(results: Results) -> list[Target]:
     way = results.way_to_tuned("squad", "f1")
     given_back = results.perplexity("shine", "reconstruct")
     worlds, without = (results.score("worlds", method, "em") for method in ("shine", "only_question"))
-    cosines = {name: found["cosine"] for name, found in results.adapters().items()}
+    cosines = {title: results.cosine(name) for name, title in SET_TITLES.items()}
     return [
         Target(
             "SQuAD: SHINE's F1 above Only Question's, intervals apart",
@@ -184,8 +199,8 @@ def targets(results: Results) -> list[Target]:
         ),
         Target(
             "cosine between adapters of different contexts below 0.8",
-            ", ".join(f"{value:.3f} ({SET_TITLES[name]})" for name, value in cosines.items()),
-            max(cosines.values()) < 0.8,
+            ", ".join(f"{found:.3f} ({title})" for title, found in cosines.items()),
+            max(found.value for found in cosines.values()) < 0.8,
         ),
     ]
 
@@ -209,21 +224,36 @@ def digest_of(place: Path) -> str:
 
 
 def check_scored(scores: Path, place: Path) -> None:
-    """Make sure that both tests loaded the weights, and the reader, that lie in ``place``."""
+    """Make sure that the tests loaded the weights, and the reader, that lie in ``place``, and `shine trust` too."""
     for name, readers in (("test", [LoRA.load(place / "reader")]), ("test_pretrain", [])):
         plan = json.loads((scores / name / PLAN_FILE).read_text(encoding="utf-8"))
         dtype = getattr(torch, plan["config"]["backbone"]["dtype"])
         expected = weights_digest(place / "hypernetwork", [reader.to(dtype=dtype) for reader in readers])
         if plan["weights"] != expected:
-            raise ValueError(f"{scores / name}: scored other weights than {place / 'hypernetwork'}; run score.sh on that")
+            raise _of_other_weights(scores / name, place)
+    examined = json.loads((scores / "trust" / FIGURES_FILE).read_text(encoding="utf-8"))["weights"]
+    if examined != weights_digest(place / "hypernetwork", []):
+        raise _of_other_weights(scores / "trust", place)
 
 
-def _first_answers(folder: Path) -> list[dict[str, Any]]:
-    """The first question of the first contexts of each source, with the answer of every method."""
-    rows = [json.loads(line) for line in (folder / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()]
+def _of_other_weights(folder: Path, place: Path) -> ValueError:
+    return ValueError(f"{folder}: scored other weights than {place / 'hypernetwork'}; run score.sh on that")
+
+
+def _by_owners(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """SHINE's answers about worlds, each of whose facts is asked for once, by how many have one of that kind."""
+    ours = [row for row in rows if (row["source"], row["method"]) == ("worlds", "shine")]
+    having = Counter((row["id"], row["kind"]) for row in ours)
+    parts = {"alone": [row for row in ours if having[row["id"], row["kind"]] == 1]}
+    parts["shared"] = [row for row in ours if row not in parts["alone"]]
+    return {name: {"questions": len(found), **interval(totals(found, "em")).plain()} for name, found in parts.items() if found}
+
+
+def _first_answers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The first question of the first contexts of each source, with the answer of every method but the control."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        if row["turn"] == 0:
+        if row["turn"] == 0 and row["method"] != CONTROL:
             sample = {"source": row["source"], "question": row["question"], "right": row["answers"][0], "answers": {}}
             found.setdefault((row["source"], row["id"]), sample)["answers"][row["method"]] = row["prediction"]
     sources = dict.fromkeys(sample["source"] for sample in found.values())

@@ -59,6 +59,12 @@ def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
+def evenly_spread(count: int, most: int) -> list[int]:
+    """Up to ``most`` of ``count`` places, from first to last."""
+    chosen = min(count, most)
+    return [number * count // chosen for number in range(chosen)]
+
+
 def even_chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
     """Consecutive pieces of at most ``size`` items, as few as there can be, no two of which differ by more than one."""
     count = -(-len(items) // size)

@@ -287,7 +287,8 @@ def _adapter_table(runs: Sequence[Run]) -> Iterator[str]:
             [
                 run.name,
                 source,
-                *(f"{value:.2f}" if value is not None else "" for value in (found["cosine"], found["effective_rank"])),
+                "" if found["cosine"] is None else f"{Estimate(found['cosine'], *found['intervals']['cosine']):.2f}",
+                f"{found['effective_rank']:.2f}",
             ]
         )
         for run in runs
@@ -299,7 +300,7 @@ def _adapter_table(runs: Sequence[Run]) -> Iterator[str]:
             "",
             "## Adapters of different contexts",
             "",
-            *_head(["run", "set", "mean cosine", "effective rank"], left=2),
+            *_head(["run", "set", "mean cosine [95 %]", "effective rank"], left=2),
             *rows,
         ]
         yield from ["", "Of every two contexts of a batch. A cosine near 1 means collapse: every context gets the same adapter."]

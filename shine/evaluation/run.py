@@ -249,12 +249,10 @@ def _add_tensors(digest: hashlib._Hash, tensors: Mapping[str, torch.Tensor]) -> 
         digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
-def spread(lora: LoRA) -> dict[str, float]:
-    """Of the adapters of one batch: the sum of the cosines of every two, how many pairs that is, and the sum of effective ranks."""
-    cosines = lora.pair_cosines()
+def spread(lora: LoRA) -> dict[str, Any]:
+    """Of the adapters of one batch: the cosine of every two, as `LoRA.pair_cosines` has them, and the sum of effective ranks."""
     return {
-        "cosines": float(cosines.sum()),
-        "pairs": len(cosines),
+        "cosines": [round(value, 5) for value in lora.pair_cosines().tolist()],
         "effective_ranks": float(lora.effective_rank()) * lora.batch,
         "adapters": lora.batch,
     }

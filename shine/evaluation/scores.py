@@ -9,7 +9,7 @@ from itertools import combinations, product
 from typing import Any
 
 from shine.evaluation.results import Row
-from shine.evaluation.statistics import Totals, break_even, difference, interval, way
+from shine.evaluation.statistics import Totals, break_even, difference, interval, pairs_interval, way
 from shine.metrics import perplexity
 
 ANSWER_SCORES = ("em", "f1", "rouge_1", "rouge_2", "rouge_l")
@@ -118,15 +118,22 @@ def summarise_times(timings: Sequence[Row], scores: Mapping[str, Any]) -> dict[s
 
 
 def summarise_adapters(timings: Sequence[Row]) -> dict[str, Any]:
-    """How unlike the adapters of different contexts are, where a hypernetwork made them: the mean cosine of every two of one batch,
-    ``None`` where each batch had one context, and the mean effective rank."""
-    measured = [row for row in timings if "pairs" in row]
+    """How unlike the adapters of different contexts are, where a hypernetwork made them: the mean cosine of every two of one batch
+    with its interval, ``None`` where each batch had one context, and the mean effective rank."""
+    measured = [row for row in timings if "cosines" in row]
     if not measured:
         return {}
-    cosines, pairs, ranks, made = (
-        sum(row[name] for row in measured) for name in ("cosines", "pairs", "effective_ranks", "adapters")
-    )
-    return {"adapters": {"cosine": cosines / pairs if pairs else None, "pairs": pairs, "effective_rank": ranks / made}}
+    groups = [row["cosines"] for row in measured]
+    pairs = sum(map(len, groups))
+    found = pairs_interval(groups) if pairs else None
+    return {
+        "adapters": {
+            "cosine": found.value if found else None,
+            "intervals": {"cosine": [found.low, found.high] if found else None},
+            "pairs": pairs,
+            "effective_rank": sum(row["effective_ranks"] for row in measured) / sum(row["adapters"] for row in measured),
+        }
+    }
 
 
 def compare_recall(rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Questions about one context are not independent, so contexts are drawn, each wit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +79,28 @@ def way(ours: Totals, *, floor: Totals, ceiling: Totals, seed: int = SEED) -> Es
     # The few resamples that leave no way, at most one in forty, would have no share of it.
     drawn = high > low
     return _estimate(100 * (mine[drawn] - low[drawn]) / (high[drawn] - low[drawn]))
+
+
+def pairs_interval(groups: Sequence[Sequence[float]], *, seed: int = SEED) -> Estimate:
+    """The mean over all pairs of contexts with its interval: contexts are drawn, and with them their pairs with the others drawn
+    (none with itself).
+
+    Args:
+        groups: contexts that were compared with each other; of each group of C the values of its pairs, ``(0, 1)``, ``(0, 2)``, …,
+            ``(C - 2, C - 1)``. At least one pair in all.
+    """
+    sizes = [round((1 + math.sqrt(1 + 8 * len(values))) / 2) for values in groups]
+    count = sum(sizes)
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    weights = np.concatenate([np.ones((1, count)), drawn])
+    sums, pairs = np.zeros((2, len(weights)))
+    for values, of_group in zip(groups, np.split(weights, np.cumsum(sizes)[:-1], axis=1), strict=True):
+        first, second = np.triu_indices(of_group.shape[1], 1)
+        together = of_group[:, first] * of_group[:, second]
+        sums += together @ np.array(values, dtype=np.float64)
+        pairs += together.sum(1)
+    # Of few contexts a resample may hold no two.
+    return _estimate(sums[pairs > 0] / pairs[pairs > 0])
 
 
 def _drawn_together(*results: Totals, seed: int) -> list[np.ndarray]:

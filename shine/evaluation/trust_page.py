@@ -24,8 +24,12 @@ PAGE_FILE, PICTURE_FILE, FIGURES_FILE, ANSWERS_FILE = "trust.md", "trust.png", "
 COLUMNS = {"on": "adapter on", "off": "off", "in_context": "In-Context"}
 
 
-def write_page(output: Path, found: Sequence[dict[str, Any]], *, about: str) -> Path:
-    """Write the page and what belongs to it into ``output``, and return the page."""
+def write_page(output: Path, found: Sequence[dict[str, Any]], *, about: str, weights: str) -> Path:
+    """Write the page and what belongs to it into ``output``, and return the page.
+
+    Args:
+        weights: of the hypernetwork, as `shine.evaluation.run.weights_digest` has them.
+    """
     output.mkdir(parents=True, exist_ok=True)
     with (output / ANSWERS_FILE).open("w", encoding="utf-8") as lines:
         for result in found:
@@ -34,7 +38,7 @@ def write_page(output: Path, found: Sequence[dict[str, Any]], *, about: str) -> 
                     lines.write(json.dumps({"set": result["name"], "part": part, **row}, ensure_ascii=False) + "\n")
     _draw(output / PICTURE_FILE, found)
     (output / PAGE_FILE).write_text("\n".join(_page(found, about)) + "\n", encoding="utf-8")
-    figures = json.dumps({"about": about, "sets": list(found)}, indent=2, ensure_ascii=False)
+    figures = json.dumps({"about": about, "weights": weights, "sets": list(found)}, indent=2, ensure_ascii=False)
     (output / FIGURES_FILE).write_text(figures + "\n", encoding="utf-8")
     return output / PAGE_FILE
 

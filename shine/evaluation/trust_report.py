@@ -13,6 +13,7 @@ from shine.data.tally import Tally
 from shine.data.worlds import World
 from shine.evaluation import qa, trust
 from shine.evaluation.methods import Shine
+from shine.evaluation.run import weights_digest
 from shine.evaluation.side_by_side import three_methods
 from shine.evaluation.trust_page import write_page
 from shine.model import Shine as Model
@@ -58,7 +59,7 @@ def report_trust(
         print(f"{questions.name}: {len(questions.examples)} contexts", flush=True)
         found.append(trust.examine(asker, replace(questions, knowledge=facts), seed=seed))
     about = f"Hypernetwork `{checkpoint}`, backbone `{model.config.path}`; answers of at most {max_new_tokens} tokens, seed {seed}."
-    return write_page(folder, found, about=about)
+    return write_page(folder, found, about=about, weights=weights_digest(checkpoint, []))
 
 
 def _passages(model: Model, kind: str, path: str, *, contexts: int) -> trust.TrustSet:

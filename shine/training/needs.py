@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from shine.backbone import Backbone, chunk_rows
 from shine.config import TrainConfig
+from shine.data.batching import evenly_spread
 from shine.data.samples import Sample, StageSamples
 from shine.flops import forward_flops, training_flops
 from shine.hypernetwork import Hypernetwork
@@ -85,7 +86,8 @@ def estimate(
     config: TrainConfig, backbone: Backbone, hypernetwork: Hypernetwork, samples: StageSamples, *, steps: int, ranks: int
 ) -> Needs:
     """Needs of a run, from a look at up to 64 of its samples."""
-    stage, seen = config.stage, _look_at(samples, 64)
+    stage = config.stage
+    seen = [samples.sample(place, epoch=0) for place in evenly_spread(len(samples), 64)]
     trained = sum(parameter.numel() for parameter in hypernetwork.parameters())
     frozen = sum(parameter.numel() for parameter in backbone.model.parameters())
     # Weight, gradient and Adam's two moments, float32 each (Muon has one). DDP keeps the gradients of its buckets once more; FSDP
@@ -122,11 +124,6 @@ def _frozen_bytes(backbone: Backbone) -> tuple[int, int]:
     held = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in backbone.model.parameters())
     spread = (sum(p.nbytes for p in layer.parameters() if isinstance(p, DTensor)) for layer in backbone.layers)
     return held, 2 * max(spread)
-
-
-def _look_at(samples: StageSamples, most: int) -> list[Sample]:
-    every = max(len(samples) // most, 1)
-    return [samples.sample(index, epoch=0) for index in range(0, len(samples), every)[:most]]
 
 
 def _contexts_per_sample(samples: StageSamples, shared: int) -> float:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from shine.backbone import Backbone
 from shine.chat import IGNORE, stop_ids, token_counter
 from shine.config import SourceConfig, TrainConfig
-from shine.data.batching import chunks, collate
+from shine.data.batching import chunks, collate, evenly_spread
 from shine.data.examples import Example
 from shine.data.samples import AnswerSamples, PretrainSamples, Sample, StageSamples
 from shine.data.sources import read_named
@@ -46,7 +46,9 @@ class Validation:
             sets["answers"] = AnswerSamples.build(self.examples, tokenizer, stage)
         self.tallies = {name: found.tally for name, found in sets.items()}
         # From first to last: the questions of one article stand together in a file.
-        self.sets = {name: [found.sample(place, epoch=0) for place in _spread(len(found), wanted)] for name, found in sets.items()}
+        self.sets = {
+            name: [found.sample(place, epoch=0) for place in evenly_spread(len(found), wanted)] for name, found in sets.items()
+        }
         for name, samples in self.sets.items():
             for sample in samples:
                 self.tallies[name].add(context_dropped=sample.context_dropped, conversation_dropped=sample.conversation_dropped)
@@ -126,16 +128,10 @@ class Validation:
         return means[0] - means[1]
 
 
-def _spread(count: int, wanted: int) -> list[int]:
-    """Up to ``wanted`` of ``count`` places, evenly."""
-    chosen = min(count, wanted)
-    return [number * count // chosen for number in range(chosen)]
-
-
 def _of_different_contexts(samples: Sequence[Sample], *, most: int = 16) -> list[Sample]:
     """One sample of each of some contexts, from first to last: a context may have many samples (1qa), but has one adapter."""
     found = list({tuple(sample.context_ids): sample for sample in samples}.values())
-    return [found[place] for place in _spread(len(found), most)]
+    return [found[place] for place in evenly_spread(len(found), most)]
 
 
 def _first_answer(sample: Sample) -> tuple[Sample, list[int]]:
