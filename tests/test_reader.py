@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from shine.backbone import Backbone
 from shine.chat import IGNORE, Message, encode_conversation, encode_prompt
+from shine.cli.main import main
 from shine.config import DistillationConfig
 from shine.data.batching import collate
 from shine.data.samples import Sample
@@ -92,6 +93,20 @@ def test_it_learns_to_read_and_is_scored(tiny_backbone_folder: str, tmp_path: Pa
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert {row["method"] for row in rows} == {"in_context_tuned", "only_question"}
     assert question.lora is None
+
+
+def test_what_a_reader_learned_stands_beside_it(tmp_path: Path) -> None:
+    """Its data without the paths of the machine, its seed, and a loss for each step."""
+    rows = [{"context": f"Bo has {n} cats.", "turns": [{"question": "How many?", "answers": [str(n)]}]} for n in range(4)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["experiment=cpu_world", "stage=mqa", "data=jsonl", f"data.train.mine.path={tmp_path / 'mine.jsonl'}", "seed=5"]
+    sizes = ["stage.steps=2", "stage.batch_size=2", "stage.micro_batch_size=2"]
+    main(["tune-reader", str(tmp_path / "reader"), *words, *sizes])
+    told = json.loads((tmp_path / "reader" / "training.json").read_text())
+    assert told["data"]["mine"]["kind"] == "jsonl"
+    assert "path" not in told["data"]["mine"]
+    assert str(tmp_path) not in json.dumps(told)
+    assert (told["seed"], told["stage"]["name"], len(told["losses"])) == (5, "mqa", 2)
 
 
 def test_another_reader_is_another_plan(tiny_backbone_folder: str, tmp_path: Path, make_backbone: Callable[..., Backbone]) -> None:

@@ -101,14 +101,24 @@ def test_the_demo_runs_to_its_report(demo: ModuleType, tmp_path: Path, monkeypat
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_last_step_converses(demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU world, whose backbone is here: every question of the file with three answers."""
+@pytest.mark.parametrize(
+    ("checkpoint", "name"),
+    [("cpu-world", "conversations_cpu_world.jsonl"), pytest.param("smollm2-135m", "conversations.jsonl", marks=pytest.mark.slow)],
+)
+def test_the_last_step_converses(
+    checkpoint: str, name: str, demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every question of the file with an answer of each of the three methods: of the CPU world, whose backbone is here, and of
+    what the demo shows, whose backbone is fetched."""
     monkeypatch.setattr(demo, "OUTPUT", tmp_path)
-    file = ROOT / "examples" / "conversations_cpu_world.jsonl"
-    assert demo.converse_about_text("cpu-world", file) is True
+    file = ROOT / "examples" / name
+    assert demo.converse_about_text(checkpoint, file) is True
     page = (tmp_path / "conversations.md").read_text(encoding="utf-8")
     questions = [turn["question"] for line in file.read_text().splitlines() for turn in json.loads(line)["turns"]]
-    assert [line.split("|")[1].strip() for line in page.splitlines() if "?" in line] == questions
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    rows = [row for row in rows if row[0] in questions]
+    assert [row[0] for row in rows] == questions
+    assert all(len(row) == 5 and all(row) for row in rows)
 
 
 def test_without_a_backbone_the_last_step_is_left_out(

@@ -49,6 +49,11 @@ def _tune(args: argparse.Namespace) -> None:
     made = train_reader(config, rank=args.rank, alpha=args.alpha)
     (args.output / TRAINING_FILE).unlink(missing_ok=True)
     place = made.lora.save(args.output)
-    told = {"rank": args.rank, "alpha": args.alpha, "stage": asdict(config.stage), "losses": made.losses}
+    # Without the paths of this machine: a reader may be given away.
+    data = {
+        name: {key: value for key, value in asdict(source).items() if key != "path"} for name, source in config.data.train.items()
+    }
+    told = {"rank": args.rank, "alpha": args.alpha, "stage": asdict(config.stage), "seed": config.seed, "data": data}
+    told["losses"] = made.losses
     (place / TRAINING_FILE).write_text(json.dumps(told) + "\n", encoding="utf-8")
     print(f"reader: {place}; score it with reader={place} and in_context_tuned among the methods of test.py")

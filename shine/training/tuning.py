@@ -19,7 +19,7 @@ from shine.training.reader import Reader, in_prompt
 from shine.training.step import training_step
 
 TRAINING_FILE = "training.json"
-"""Beside a reader: its rank and alpha, the stage that it learned, and its losses."""
+"""Beside a reader: its rank and alpha, the stage and the data that it learned, and its losses."""
 
 
 @dataclass(frozen=True)
