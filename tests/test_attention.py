@@ -112,6 +112,35 @@ def test_a_gpu_attends_by_the_fused_kernel_and_a_cpu_in_blocks() -> None:
     assert attention.best_on(torch.device("cpu")) == attention.BLOCKS
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("length", [7, 8])
+def test_float32_takes_the_kernel_where_it_is_faster(
+    length: int, gradient: bool, padding: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is padded, without a gradient or from ``LONG`` positions on; what it computes is the same to rounding."""
+    asked = []
+
+    def attend(*args: Any, **options: Any) -> tuple[Tensor, None]:
+        asked.append(args)
+        return sdpa_attention_forward(*args, **options)
+
+    monkeypatch.setattr(attention, "LONG", 8)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", attend)
+    model = tiny_model(dtype=dtype)
+    model.set_attn_implementation(attention.BLOCKS)
+    ids = torch.arange(2 * length).view(2, length) + 9
+    mask = (torch.arange(length) >= torch.tensor([[padding], [0]])).long()
+    with torch.set_grad_enabled(gradient):
+        found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        faster = dtype == torch.float32 and not padding and (length >= 8 or not gradient)
+        assert len(asked) == len(model.model.layers) * faster
+        monkeypatch.setattr(attention, "_fused_is_faster", lambda *_: False)
+        again = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(found, again, rtol=1e-4, atol=1e-5)
+
+
 def test_decoding_with_a_cache_goes_on_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy tokens of a left-padded batch are those that passes over the whole sequence choose, without a cache."""
     monkeypatch.setattr(attention, "BLOCK", 4)
