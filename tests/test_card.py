@@ -245,7 +245,7 @@ def test_a_card_shows_the_first_answers(module: ModuleType, place: Path, tmp_pat
     assert all(cells[1] == "right" and cells[2].startswith("shine / so so") and cells[2].endswith("…") for cells in shown)
 
 
-def test_a_source_that_is_learned_several_times_is_named_once(module: ModuleType) -> None:
+def test_a_source_that_is_learned_several_times_is_named_once() -> None:
     data = {
         "race": {"options": {}, "limit": 6000},
         "squad": {"options": {}, "limit": None},
@@ -254,4 +254,11 @@ def test_a_source_that_is_learned_several_times_is_named_once(module: ModuleType
         "worlds": {"options": {"count": 12}, "limit": None},
         "worlds_2": {"options": {"count": 7}, "limit": None},
     }
-    assert list(module._sources(data)) == ["race (6,000)", "squad 2 times", "gaps short", "worlds (12)", "worlds (7)"]
+    found = list(example("smollm2/lineage.py").sources_of(data))
+    assert found == [
+        "race (6,000)",
+        "squad 2 times",
+        "gaps short",
+        "worlds (12)",
+        "worlds (7)",
+    ]

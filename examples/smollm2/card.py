@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from curves import Runs, curves, measured_again, read_recipe, read_runs, samples_drawn, steps_not_taken, validation_losses
+from curves import Runs, curves, read_runs, samples_drawn, validation_losses
+from lineage import paragraph, training
 from results import CONTROL, SET_TITLES, Results, Version, check_scored, compared, digest_of, targets
 
 from shine.checkpoint import WEIGHTS_FILE, CheckpointInfo, read_info, read_weights
@@ -29,10 +28,7 @@ from shine.training.tuning import TRAINING_FILE
 from shine.zoo import ASSETS
 
 PLACE = ASSETS / "smollm2-135m"
-OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 CURVES, CARD, SCORES = "curves.png", "README.md", "scores.json"
-SCORED_SEEDS = (3000, 9000)
-"""Of the worlds that scores are measured on: ``configs/source/worlds_unseen.yaml`` and ``score.sh``."""
 LONGEST_CELL = 60
 COMPARED = {"squad": ("SQuAD's F1", 1), "worlds": ("worlds", 1), "texts": ("perplexity", -1)}
 """The scores of a version: what each is called, and which way is better."""
@@ -48,7 +44,7 @@ def card(
     yield from _how_measured(results)
     yield from _samples(results)
     yield from _more_training(results, version, runs)
-    yield from _training(runs, reader)
+    yield from training(runs, reader)
     yield from _limits(results)
 
 
@@ -67,7 +63,7 @@ def _summary(results: Results, info: CheckpointInfo, *, parameters: int, size: i
     shape, wanted = info.hypernetwork, targets(results)
     reached = sum(target.reached for target in wanted)
     yield from ["# SHINE for SmolLM2-135M-Instruct", ""]
-    yield from _paragraph(
+    yield from paragraph(
         f"A hypernetwork ({parameters:,} trained parameters, {size / 1e6:.1f} MB) that reads a text of up to "
         f"{info.context_length} tokens once with the frozen SmolLM2-135M-Instruct and writes a LoRA of rank {shape.rank} for "
         f"{', '.join(shape.targets)} of every layer. **It reaches {reached} of the {len(wanted)} targets that were set for it.**"
@@ -76,7 +72,7 @@ def _summary(results: Results, info: CheckpointInfo, *, parameters: int, size: i
     yield 'shine = Shine.from_pretrained("smollm2-135m")  # fetches the backbone the first time'
     yield 'lora = shine.encode("Zoran works as a baker. Umar lives in Selkirk.")'
     yield from ['shine.chat(lora, "What is the job of Zoran?")', "```", ""]
-    yield from _paragraph(
+    yield from paragraph(
         "For research only: it learned from RACE and BBC text, see [LICENSE-WEIGHTS](LICENSE-WEIGHTS). "
         "`sh examples/smollm2/score.sh` measures what stands under *Scores* and *What it cannot do*; `sh "
         "examples/smollm2/train.sh` goes on training from here, which nobody has run to its end yet."
@@ -88,7 +84,7 @@ def _scores(results: Results) -> Iterator[str]:
     for target in targets(results):
         yield f"| {target.wanted} | {target.measured} | {'reached' if target.reached else '**missed**'} |"
     yield from ["", "## Scores", ""]
-    yield from _paragraph(
+    yield from paragraph(
         f"Percent, with 95 % intervals (bootstrap over contexts). Single questions, greedy, at most "
         f"{results.answers['config']['max_new_tokens']} new tokens. *In-Context, tuned* is the same backbone with one ordinary "
         "LoRA (`reader/`) trained to read the context in its prompt, on the mixture of the first mqa: the ceiling. *Way* is "
@@ -117,13 +113,13 @@ def _where_from(results: Results) -> Iterator[str]:
     others, apart = results.score("squad", CONTROL, "f1"), results.ahead("squad", "shine", CONTROL, "f1")
     shown = "What it scores there it has from the passage, not from answering briefly."
     yield ""
-    yield from _paragraph(
+    yield from paragraph(
         f"The control: under the adapter of another passage, F1 on SQuAD is {others:.1f}; under its own it is {apart:.1f} higher, "
         f"passage by passage. {shown if apart.low > 0 else 'That is not beyond chance.'}"
     )
     alone, shared = (results.owners[name] for name in ("alone", "shared"))
     yield ""
-    yield from _paragraph(
+    yield from paragraph(
         f"What the worlds' score is made of: {_estimate(alone):.1f} % are exact where one person has a fact of the kind that is "
         f"asked for ({alone['questions']} questions), {_estimate(shared):.1f} % where several have ({shared['questions']})."
     )
@@ -142,17 +138,17 @@ def _how_measured(results: Results) -> Iterator[str]:
         for source, count in results.chosen_on.items()
     )
     yield ""
-    yield from _paragraph(
+    yield from paragraph(
         f"The perplexities are of {found['texts']} texts, {each}; what is longer than the contexts of the table under *Training* "
         "is longer than anything learned from. SQuAD's questions are about a fifth of the passages of ten articles, on other "
         "passages of which the runs were watched."
     )
     if chosen:
         yield ""
-        yield from _paragraph(f"Checkpoints had been compared on some of the questions, {chosen}: this one may look too good.")
+        yield from paragraph(f"Checkpoints had been compared on some of the questions, {chosen}: this one may look too good.")
     for note in results.notes:
         yield ""
-        yield from _paragraph(note)
+        yield from paragraph(note)
 
 
 def _samples(results: Results) -> Iterator[str]:
@@ -200,7 +196,7 @@ def _more_training(results: Results, version: Version, runs: Runs) -> Iterator[s
     squad = compared(results)[0]
     missing = squad.wanted[1] - version.scores[squad.name].value
     told.append(f"Half of the way on SQuAD is another {missing:.0f} points of F1.")
-    yield from _paragraph(" ".join(told))
+    yield from paragraph(" ".join(told))
 
 
 def _answers(results: Results, source: str, title: str) -> Iterator[str]:
@@ -214,79 +210,6 @@ def _answers(results: Results, source: str, title: str) -> Iterator[str]:
         yield f"| {title_of(method)} | {' | '.join(cells)} | {scores['cut']:,} |"
     ways = [results.way_to_tuned(source, name) for name in ("em", "f1")]
     yield f"| *way, percent* | {' | '.join(f'{way:.1f}' if way else 'none to go' for way in ways)} | |"
-
-
-def _training(runs: Runs, reader: Mapping[str, Any]) -> Iterator[str]:
-    yield from ["", "## Training", ""]
-    columns = ["stage", "drawn from", "steps x samples", "tokens, context / conversation", "optimizer, learning rate", "on"]
-    yield f"| {' | '.join(columns)} | loss on unseen contexts, about half way and at the end | gap | cosine |"
-    yield "|---|---|---:|---:|---|---|---|---:|---:|"
-    notes = []
-    for stage, run in runs:
-        recipe, steps = read_recipe(run)["stage"], read_metrics(run, "loss")[0][-1]
-        sources = ", ".join(_sources(read_recipe(run)["data"]))
-        ends = []
-        for name in validation_losses(run):
-            at, values = read_metrics(run, name)
-            before = min(zip(at, values, strict=True), key=lambda point: (abs(point[0] - steps / 2), -point[0]))
-            half_way = f"{before[1]:.2f} at {before[0]}, " if before[0] < at[-1] else ""
-            ends.append(f"{half_way}{values[-1]:.2f} ({name.split('/')[1]})")
-        gap, cosine = (_last(read_metrics(run, f"validation/adapter_{name}")[1]) for name in ("gap", "cosine"))
-        lengths = f"{recipe['context_length']} / {recipe['conversation_length']}"
-        drawn = samples_drawn([(stage, run)])
-        rate = f"{OPTIMIZERS[recipe.get('optimizer', 'adamw')]} {recipe['learning_rate']:g}"
-        watched = "; ".join(ends) or "not watched"
-        if (found := measured_again(run)) is not None:
-            watched += " *"
-            figures = ", ".join(f"{name} {found[name]:.2f}" for name in ("loss", "gap", "cosine"))
-            notes.append(f"\\* {stage}, {found['about']}: {figures}.")
-        size = f"{steps:,} x {recipe['batch_size']} = {drawn:,}"
-        yield f"| {' | '.join([stage, sources, size, lengths, rate, _device(run), watched, gap, cosine])} |"
-    for note in notes:
-        yield ""
-        yield from _paragraph(note)
-    skipped = steps_not_taken(runs)
-    not_taken = f"; {skipped} steps were drawn and not taken, their loss or gradient being no number" if skipped else ""
-    yield ""
-    yield from _paragraph(
-        f"{samples_drawn(runs):,} samples in all, each counted as often as it was drawn: a context with its questions, in 1qa one "
-        f"question with its context, which up to four share where a recipe says so{not_taken}. The numbers behind the sources are "
-        "how many there were to draw from. Losses in nats a label token; the gap is how much worse a label is foretold under "
-        "another context's adapter, zero if adapters held nothing. Each run watched questions of its own, as many as its batches "
-        "held, for gap and cosine at most the first sixteen contexts of them, so these columns compare within a row. Of the "
-        "texts that a second and later pretraining watched, the stages of questions before it had drawn some passages. The "
-        "learning rate falls to zero within each stage, so a part of what a stage gains at its end is that. *transmla* are the "
-        "texts of the first row below; *gaps* and *pieces* are passages with questions made of their own sentences, *recitations* "
-        "pieces to give back, *stories* and *worlds* invented. The recipes of these runs: `training/`; what is recommended since: "
-        "`configs/experiment/smollm2.yaml` and `smollm2_gpu.yaml`; what was tried, and what did not help: `docs/training_log.md`."
-    )
-    stage, losses = reader["stage"], reader["losses"]
-    yield ""
-    yield from _paragraph(
-        f"The reader of *In-Context, tuned*: rank {reader['rank']}, {len(losses):,} steps of {stage['batch_size']} contexts of the "
-        f"stage {stage['name']} at {stage['learning_rate']:g}; its loss is {_mean(losses[:10]):.2f} over the first ten steps, "
-        f"{_mean(losses[len(losses) // 2 : len(losses) // 2 + 10]):.2f} half way, {_mean(losses[-10:]):.2f} over the last ten."
-    )
-    yield from ["", "| learned from | for | licence |", "|---|---|---|"]
-    yield "| OpenStax textbooks, CIA World Factbook, BBC news | pretrain, mqa, 1qa | CC BY 4.0, public domain, research only |"
-    yield "| RACE, training part | pretrain, mqa, 1qa | non-commercial research only |"
-    yield "| SQuAD v1.1, 28 articles of its public development set | mqa, 1qa | CC BY-SA 4.0 |"
-    yield "| invented worlds and stories (`shine/data/worlds.py`, `stories.py`) | mqa, 1qa | Apache-2.0 |"
-    yield ""
-    yield from _paragraph(
-        "Never learned from: WikiText-2, the ten SQuAD articles that `configs/source/squad_unseen.yaml` names, worlds of the seeds "
-        f"{' and '.join(map(str, SCORED_SEEDS))}."
-    )
-
-
-def _device(run: Path) -> str:
-    """What a run computed on, as its recipe has it."""
-    named = read_recipe(run).get("versions", {}).get("device", "")
-    return named if "NVIDIA" in named else "CPU"
-
-
-def _last(values: Sequence[float]) -> str:
-    return f"{values[-1]:.2f}" if values else ""
 
 
 def _limits(results: Results) -> Iterator[str]:
@@ -313,29 +236,6 @@ def _limits(results: Results) -> Iterator[str]:
         first, last = (Estimate(**found["decay"]["on"][span]) for span in ("first_five", "last_five"))
         yield f"- {about}: over 15 turns its EM goes from {first:.0f} in the first five to {last:.0f} in the last five."
     yield "- English, texts of the lengths that it was trained on; longer ones are read in pieces (`docs/adapters.md`)."
-
-
-def _sources(data: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """The sources of a run; equal ones that a number tells apart, ``squad_2``, once and how often."""
-    members: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for name, source in data.items():
-        members.setdefault((re.sub(r"_\d+$", "", name), json.dumps(source, sort_keys=True)), []).append(source)
-    for (name, _), found in members.items():
-        yield _size_of(name, found[0]) + (f" {len(found)} times" if len(found) > 1 else "")
-
-
-def _size_of(name: str, source: Mapping[str, Any]) -> str:
-    """A source by its name, with how many contexts of it there were where that was limited."""
-    count = source["options"].get("count", source["limit"])
-    return f"{name.replace('_', ' ')} ({count:,})" if count else name.replace("_", " ")
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _paragraph(text: str) -> list[str]:
-    return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def write_card(
