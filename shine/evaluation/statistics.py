@@ -6,7 +6,7 @@ Questions about one context are not independent, so contexts are drawn, each wit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,18 +89,27 @@ def pairs_interval(groups: Sequence[Sequence[float]], *, seed: int = SEED) -> Es
         groups: contexts that were compared with each other; of each group of C the values of its pairs, ``(0, 1)``, ``(0, 2)``, …,
             ``(C - 2, C - 1)``. At least one pair in all.
     """
-    sizes = [round((1 + math.sqrt(1 + 8 * len(values))) / 2) for values in groups]
-    count = sum(sizes)
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    weights = np.concatenate([np.ones((1, count)), drawn])
+    tables = []
+    for values in groups:
+        tables.append(np.zeros(2 * (round((1 + math.sqrt(1 + 8 * len(values))) / 2),)))
+        tables[-1][np.triu_indices(len(tables[-1]), 1)] = values
+    ends = np.cumsum([len(table) for table in tables])
+    generator = np.random.default_rng(seed)
+    found = [_mean_of_pairs(np.ones((1, ends[-1])), tables, ends)]
+    for size in _portions(ends[-1]):
+        drawn = generator.multinomial(ends[-1], np.full(ends[-1], 1 / ends[-1]), size=size)
+        found.append(_mean_of_pairs(drawn, tables, ends))
+    return _estimate(np.concatenate(found))
+
+
+def _mean_of_pairs(weights: np.ndarray, tables: Sequence[np.ndarray], ends: np.ndarray) -> np.ndarray:
+    """Of each row of ``weights [R, contexts]`` the mean over pairs of different contexts, each as often as both were drawn; a row
+    that holds no pair is left out."""
     sums, pairs = np.zeros((2, len(weights)))
-    for values, of_group in zip(groups, np.split(weights, np.cumsum(sizes)[:-1], axis=1), strict=True):
-        first, second = np.triu_indices(of_group.shape[1], 1)
-        together = of_group[:, first] * of_group[:, second]
-        sums += together @ np.array(values, dtype=np.float64)
-        pairs += together.sum(1)
-    # Of few contexts a resample may hold no two.
-    return _estimate(sums[pairs > 0] / pairs[pairs > 0])
+    for table, drawn in zip(tables, np.split(weights, ends[:-1], axis=1), strict=True):
+        sums += ((drawn @ table) * drawn).sum(1)
+        pairs += (drawn.sum(1) ** 2 - (drawn**2).sum(1)) / 2
+    return np.asarray(sums[pairs > 0] / pairs[pairs > 0])
 
 
 def _drawn_together(*results: Totals, seed: int) -> list[np.ndarray]:
@@ -121,14 +130,18 @@ def _estimate(values: np.ndarray) -> Estimate:
 def _resampled(pairs: np.ndarray, seed: int) -> np.ndarray:
     """The ratio of sums of each resample of the rows of ``pairs [C, 2]``; equal seeds draw equal rows."""
     count, generator = len(pairs), np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    # So many resamples at once as make about 30 MB of counts.
+    means = []
+    for size in _portions(count):
+        sums = generator.multinomial(count, np.full(count, 1 / count), size=size) @ pairs
+        means.append(sums[:, 0] / sums[:, 1])
+    return np.concatenate(means)
+
+
+def _portions(count: int) -> Iterator[int]:
+    """So many resamples at once as make about 30 MB of counts."""
     step = max(4_000_000 // count, 1)
     for start in range(0, RESAMPLES, step):
-        size = min(step, RESAMPLES - start)
-        sums = generator.multinomial(count, np.full(count, 1 / count), size=size) @ pairs
-        means[start : start + size] = sums[:, 0] / sums[:, 1]
-    return means
+        yield min(step, RESAMPLES - start)
 
 
 def break_even(*, encode: float, answer: float, answer_in_context: float) -> int | None:
