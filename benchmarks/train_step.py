@@ -287,7 +287,7 @@ class FineTuning:
         config = LoraConfig(r=hypernetwork.layout.rank, target_modules=list(hypernetwork.config.targets))
         model = subject.plain()
         if model.dtype == torch.float32:
-            # Its own: ours is faster in bfloat16 alone.
+            # Its own: ours pays in bfloat16 alone on sequences as long as these.
             model.set_attn_implementation("sdpa")
         self._model = get_peft_model(model, config, autocast_adapter_dtype=False)
         self._optimizer = still(torch.optim.AdamW(p for p in self._model.parameters() if p.requires_grad))

@@ -2,8 +2,8 @@
 
 PyTorch's fused attention on a CPU runs far below the rate of the matrix products it is made of, the more so in the backward pass
 and under a padding mask (``docs/performance.md``). ``blocks`` is made of plain matrix products, and each block of queries sees only
-the keys up to its end, so that nothing above the causal diagonal is computed but in the block on it. In float32 the kernel is the
-faster one where nothing is padded and no gradient is asked for, or the sequence is long: there ``blocks`` takes it.
+the keys up to its end, so that nothing above the causal diagonal is computed but in the block on it. In float32, where nothing is
+padded, the kernel is the faster one without a gradient, and on long sequences holds gigabytes less in as long: there ``blocks`` takes it.
 
 ``fused`` is transformers' ``sdpa`` but for positions that see nothing, which padding on the left has. The kernel that CUDA takes
 under a mask can leave NaN there, depending on lengths, and so in the gradients of a batch (``docs/performance.md``); here they see
@@ -27,7 +27,7 @@ BLOCKS, FUSED = "blocks", "fused"
 BLOCK = 256
 """Queries at a time: their scores stay in a processor's cache, and the products are still large."""
 LONG = 1024
-"""Positions from which on the fused kernel is faster in a float32 training pass too, since it holds no scores."""
+"""Positions from which on a float32 training pass takes the fused kernel too, which holds no scores."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -88,7 +88,7 @@ def without_empty_rows(*args: Any, **kwargs: Any) -> Tensor | None:
     return None if seen is None else seen | ~seen.any(-1, keepdim=True)
 
 
-def _fused_is_faster(query: Tensor, mask: Tensor | None) -> bool:
+def _fused_is_better(query: Tensor, mask: Tensor | None) -> bool:
     if query.dtype != torch.float32 or mask is not None:
         return False
     return query.shape[2] >= LONG or not torch.is_grad_enabled()
@@ -119,7 +119,7 @@ def _forward(
     """What transformers calls: ``[B, heads, T, D]`` in, ``[B, T, heads, D]`` out."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     decoding = query.shape[2] == 1 or query.shape[2] != key.shape[2]
-    if decoding or _fused_is_faster(query, attention_mask):
+    if decoding or _fused_is_better(query, attention_mask):
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scale, **kwargs)
         return output, None
     causal = bool(getattr(module, "is_causal", True))

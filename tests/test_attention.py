@@ -116,7 +116,7 @@ def test_a_gpu_attends_by_the_fused_kernel_and_a_cpu_in_blocks() -> None:
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("length", [7, 8])
-def test_float32_takes_the_kernel_where_it_is_faster(
+def test_float32_takes_the_kernel_where_it_is_better(
     length: int, gradient: bool, padding: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where nothing is padded, without a gradient or from ``LONG`` positions on; what it computes is the same to rounding."""
@@ -134,11 +134,15 @@ def test_float32_takes_the_kernel_where_it_is_faster(
     mask = (torch.arange(length) >= torch.tensor([[padding], [0]])).long()
     with torch.set_grad_enabled(gradient):
         found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        faster = dtype == torch.float32 and not padding and (length >= 8 or not gradient)
-        assert len(asked) == len(model.model.layers) * faster
-        monkeypatch.setattr(attention, "_fused_is_faster", lambda *_: False)
+        better = dtype == torch.float32 and not padding and (length >= 8 or not gradient)
+        assert len(asked) == len(model.model.layers) * better
+        monkeypatch.setattr(attention, "_fused_is_better", lambda *_: False)
         again = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     torch.testing.assert_close(found, again, rtol=1e-4, atol=1e-5)
+    if gradient and dtype == torch.float32:
+        embedding = model.get_input_embeddings().weight
+        slopes = [torch.autograd.grad(logits.square().mean(), embedding)[0] for logits in (found, again)]
+        torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-6)
 
 
 def test_decoding_with_a_cache_goes_on_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
