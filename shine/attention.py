@@ -3,7 +3,8 @@
 PyTorch's fused attention on a CPU runs far below the rate of the matrix products it is made of, the more so in the backward pass
 and under a padding mask (``docs/performance.md``). ``blocks`` is made of plain matrix products, and each block of queries sees only
 the keys up to its end, so that nothing above the causal diagonal is computed but in the block on it. In float32, where nothing is
-padded, the kernel is the faster one without a gradient, and on long sequences holds gigabytes less in as long: there ``blocks`` takes it.
+padded, the kernel is the faster one without a gradient, and on long sequences holds gigabytes less in as much time: there
+``blocks`` takes it.
 
 ``fused`` is transformers' ``sdpa`` but for positions that see nothing, which padding on the left has. The kernel that CUDA takes
 under a mask can leave NaN there, depending on lengths, and so in the gradients of a batch (``docs/performance.md``); here they see
