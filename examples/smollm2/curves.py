@@ -114,12 +114,14 @@ def _draw_scores(axes: Axes, versions: Sequence[Version], score: Score) -> None:
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
     width = 1.35 * places[-1]
-    lines = [(*score.wanted, STAGE_COLORS[2]), *((name, height, PALE) for name, height in score.lines.items())]
-    for name, height, color in lines:
+    # What is wanted is named at the right, all else between the first version and the others, where no figure stands.
+    lines = [(*score.wanted, STAGE_COLORS[2], width, "right")]
+    lines += [(name, height, PALE, 0.3 * width, "center") for name, height in score.lines.items()]
+    for name, height, color, place, side in lines:
         axes.axhline(height, color=color, linewidth=1, linestyle="--", zorder=0)
-        axes.annotate(name, (width, height), (-3, 3), textcoords="offset points", fontsize=8, color=INK, ha="right")
+        axes.annotate(name, (place, height), (-3, 3), textcoords="offset points", fontsize=8, color=INK, ha=side)
     axes.set_xlabel("thousands of samples drawn for it", fontsize=8)
-    axes.set(xlim=(-0.1 * width, width), ylim=(0, 1.12 * max(*(each.high for each in found), *(height for _, height, _ in lines))))
+    axes.set(xlim=(-0.1 * width, width), ylim=(0, 1.12 * max(*(each.high for each in found), *(height for _, height, *_ in lines))))
     _finish(axes, score.title)
 
 
