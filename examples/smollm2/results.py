@@ -244,8 +244,9 @@ def _by_owners(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]
     """SHINE's answers about worlds, each of whose facts is asked for once, by how many have one of that kind."""
     ours = [row for row in rows if (row["source"], row["method"]) == ("worlds", "shine")]
     having = Counter((row["id"], row["kind"]) for row in ours)
-    parts = {"alone": [row for row in ours if having[row["id"], row["kind"]] == 1]}
-    parts["shared"] = [row for row in ours if row not in parts["alone"]]
+    parts: dict[str, list[Mapping[str, Any]]] = {"alone": [], "shared": []}
+    for row in ours:
+        parts["alone" if having[row["id"], row["kind"]] == 1 else "shared"].append(row)
     return {name: {"questions": len(found), **interval(totals(found, "em")).plain()} for name, found in parts.items() if found}
 
 

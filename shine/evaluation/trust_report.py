@@ -42,6 +42,8 @@ def report_trust(
         raise ValueError("contexts must be at least 2, and there must be worlds or a source: how adapters differ is asked of pairs")
     facts = () if knowledge is None else trust.read_knowledge(knowledge)
     model = Model.from_pretrained(checkpoint, backbone=backbone, allow_variant=allow_variant)
+    # Now: what lies there when all is examined may be another.
+    weights = weights_digest(checkpoint, [])
     sets = [trust.world_set(list(World(seed=seed).examples(contexts)), seed=seed)] if worlds else []
     sets += [_passages(model, kind, path, contexts=contexts) for kind, path in sources.items()]
     # Before any of them is examined, which takes long.
@@ -59,7 +61,7 @@ def report_trust(
         print(f"{questions.name}: {len(questions.examples)} contexts", flush=True)
         found.append(trust.examine(asker, replace(questions, knowledge=facts), seed=seed))
     about = f"Hypernetwork `{checkpoint}`, backbone `{model.config.path}`; answers of at most {max_new_tokens} tokens, seed {seed}."
-    return write_page(folder, found, about=about, weights=weights_digest(checkpoint, []))
+    return write_page(folder, found, about=about, weights=weights)
 
 
 def _passages(model: Model, kind: str, path: str, *, contexts: int) -> trust.TrustSet:
