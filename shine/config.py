@@ -180,7 +180,9 @@ class StageConfig:
         conversations_per_context: of 1qa, up to so many questions of a context share its pass and its adapter; each stands side by
             side with them in its batch. One draws each question by itself, as published.
         optimizer: ``adamw`` (published), or ``muon`` for the linears of the M2P transformer and AdamW for the rest.
-        learning_rate: the peak, reached after ``warmup_steps`` and brought down to zero linearly.
+        learning_rate: the peak, reached after ``warmup_steps``.
+        schedule: what follows the peak: ``linear`` down to zero at the last step (published), or ``constant``, which makes every
+            checkpoint of a run that of a shorter one.
         clip: largest global gradient norm.
         evaluate_every, save_every, log_every: in steps; zero means never (save: only at the end).
         evaluation_batches: how many validation batches each evaluation looks at.
@@ -205,6 +207,7 @@ class StageConfig:
     conversations_per_context: Positive = 1
     pad_to_multiple: Positive = 1
     optimizer: Literal["adamw", "muon"] = "adamw"
+    schedule: Literal["linear", "constant"] = "linear"
     weight_decay: NotNegative = 0.01
     clip: PositiveFloat = 1.0
     evaluate_every: Count = 0

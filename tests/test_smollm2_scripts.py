@@ -102,16 +102,50 @@ def test_the_recipe_for_a_gpu_is_chosen_by_name(tmp_path: Path, recorder: Path) 
 def test_scoring_asks_all_methods_and_the_control_and_looks_for_side_effects(tmp_path: Path, recorder: Path) -> None:
     found = commands("score.sh", tmp_path / "out", "smollm2-135m", "here/reader", "batch_size=3", recorder=recorder)
     programs = [command[2] if command[0] == "-m" else command[0] for command in found]
-    assert programs == ["test.py", "test_pretrain.py", "trust", "report"]
+    assert programs == ["test.py", "test.py", "test_pretrain.py", "trust", "report"]
     config = composed(EvaluationConfig, "test", found[0][1:])
     assert config.methods == ("shine", "shine_other", "in_context", "in_context_tuned", "only_question")
     assert (config.reader, config.batch_size, set(config.data.test)) == ("here/reader", 3, {"squad", "worlds"})
-    texts = composed(EvaluationConfig, "test_pretrain", found[1][1:])
+    others = composed(EvaluationConfig, "test", found[1][1:])
+    assert (others.reader, others.methods) == ("here/reader", tuple(name for name in config.methods if name != "shine_other"))
+    # The ones and the others are about other passages and other worlds.
+    parts = [(each.data.test["squad"].part, each.data.test["worlds"].options["seed"]) for each in (config, others)]
+    assert parts == [("held_out", 3000), ("train", 7100)]
+    texts = composed(EvaluationConfig, "test_pretrain", found[2][1:])
     assert texts.stage.context_length >= 300
     assert texts.data.test["wikitext"].options["lengths"] == [100, 200, 300]
 
 
-@pytest.mark.parametrize(("script", "missing"), [("train.sh", "race"), ("score.sh", "wikitext/wikitext-2-v1")])
+def test_more_training_scores_each_checkpoint(tmp_path: Path, recorder: Path) -> None:
+    """At a constant rate, on what no run before drew; and what is scored is not scored again."""
+    out = tmp_path / "out"
+    for name in ("step-000010", "best-000020", "final"):
+        (out / "distilled" / name).mkdir(parents=True)
+    found = commands("more.sh", out, "distilled", "20", "backbone.device=cpu", recorder=recorder)
+    config = composed(TrainConfig, "train", found[0][1:])
+    assert (config.stage.name, config.stage.schedule, config.stage.steps, config.stage.save_every) == ("1qa", "constant", 20, 10)
+    assert config.stage.distillation is not None
+    assert config.stage.distillation.reader == "shine/assets/smollm2-135m/reader"
+    assert config.output == f"{out}/distilled"
+    drawn = config.data.train["worlds"].options["seed"]
+    scored = [composed(EvaluationConfig, "test", command[1:]) for command in found[1:]]
+    assert [each.checkpoint for each in scored] == [
+        "smollm2-135m",
+        f"{out}/distilled/best-000020",
+        f"{out}/distilled/step-000010",
+    ]
+    assert [Path(each.output).name for each in scored] == ["start", "distilled-000020", "distilled-000010"]
+    assert {each.data.test["worlds"].options["seed"] for each in scored}.isdisjoint({drawn})
+    assert {each.methods for each in scored} == {("shine",)}
+    for name in ("start", "distilled-000010"):
+        (out / "scores" / name).mkdir(parents=True)
+        (out / "scores" / name / "summary.json").touch()
+    again = commands("more.sh", out, "labels", recorder=recorder)
+    assert [command[0] for command in again] == ["train.py"]
+    assert composed(TrainConfig, "train", again[0][1:]).stage.distillation is None
+
+
+@pytest.mark.parametrize(("script", "missing"), [("train.sh", "race"), ("more.sh", "race"), ("score.sh", "wikitext/wikitext-2-v1")])
 def test_data_that_is_missing_is_said_first(script: str, missing: str, tmp_path: Path, recorder: Path) -> None:
     """Before anything runs for an hour."""
     (tmp_path / "data" / "squad").mkdir(parents=True)

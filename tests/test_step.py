@@ -283,6 +283,12 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_zero() -> None:
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0.0])
 
 
+def test_a_constant_schedule_stays_at_its_peak() -> None:
+    stage = stage_config(learning_rate=1.0, warmup_steps=4, schedule="constant")
+    rates = [learning_rate(step, stage=stage, total_steps=total) for total in (8, 800) for step in range(8)]
+    assert rates == pytest.approx(2 * [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0])
+
+
 def test_norms_and_biases_are_not_decayed(make_backbone: Callable[..., Backbone]) -> None:
     hypernetwork = Hypernetwork(tiny_hypernetwork_config(), make_backbone())
     optimizer = build_optimizer(hypernetwork, stage_config(weight_decay=0.3))

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Every score of the hypernetwork of SmolLM2-135M, with intervals: SQuAD's unseen articles and unseen invented worlds (Only Question,
-# In-Context, In-Context tuned, SHINE), texts given back, and what adapters do beside answering. Stopped, the tests go on where they
-# were.
+# In-Context, In-Context tuned, SHINE), others of both by which no version was chosen, texts given back, and what adapters do beside
+# answering. Stopped, the tests go on where they were.
 #
 # usage: sh examples/smollm2/score.sh [folder [checkpoint [reader [KEY=VALUE...]]]]
 #   folder      where the results are written: outputs/smollm2-scores
@@ -19,17 +19,13 @@ reader=${3:-shine/assets/smollm2-135m/reader}
 for _ in 1 2 3; do
     [ $# -lt 1 ] || shift
 done
-python=${PYTHON:-.venv/bin/python}
-data=${SHINE_DATA:-data}
-for folder in squad wikitext/wikitext-2-v1; do
-    if [ ! -d "$data/$folder" ]; then
-        echo "error: there is no $data/$folder: sh scripts/download_data.sh ${folder%%/*}, or set SHINE_DATA" >&2
-        exit 2
-    fi
-done
+. examples/smollm2/common.sh
+need squad wikitext/wikitext-2-v1
 
 "$python" test.py experiment=smollm2 "checkpoint=$checkpoint" "reader=$reader" "output=$out/test" \
     "methods=[shine,shine_other,in_context,in_context_tuned,only_question]" max_new_tokens=24 "$@"
+"$python" test.py experiment=smollm2 sets=passages/other "checkpoint=$checkpoint" "reader=$reader" "output=$out/other" \
+    "methods=[shine,in_context,in_context_tuned,only_question]" max_new_tokens=24 "$@"
 "$python" test_pretrain.py experiment=smollm2 "checkpoint=$checkpoint" "output=$out/test_pretrain" \
     stage.context_length=320 "$@"
 "$python" -m shine.cli.main trust "$checkpoint" --contexts 16 --seed 9000 --knowledge examples/knowledge.jsonl --output "$out/trust"

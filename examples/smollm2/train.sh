@@ -18,7 +18,8 @@ out=${1:-outputs/smollm2}
 start=${2:-smollm2-135m}
 [ $# -lt 2 ] || shift
 [ $# -lt 1 ] || shift
-python=${PYTHON:-.venv/bin/python}
+. examples/smollm2/common.sh
+need squad race transmla_pretrain_6B_tokens
 experiment=${EXPERIMENT:-smollm2}
 
 # Tokens of the texts to give back, steps, learning rate.
@@ -31,13 +32,6 @@ if [ "$start" = nothing ]; then
 else
     texts=${texts##* }
 fi
-data=${SHINE_DATA:-data}
-for folder in squad race transmla_pretrain_6B_tokens; do
-    if [ ! -d "$data/$folder" ]; then
-        echo "error: there is no $data/$folder: sh scripts/download_data.sh ${folder%%_*}, or set SHINE_DATA" >&2
-        exit 2
-    fi
-done
 
 train() {  # train NAME STAGE [KEY=VALUE...]: into a folder of that name, from what was trained last
     name=$1 stage=$2
