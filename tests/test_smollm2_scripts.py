@@ -119,7 +119,7 @@ def test_scoring_asks_all_methods_and_the_control_and_looks_for_side_effects(tmp
 def test_more_training_scores_each_checkpoint(tmp_path: Path, recorder: Path) -> None:
     """At a constant rate, on what no run before drew; and what is scored is not scored again."""
     out = tmp_path / "out"
-    for name in ("step-000010", "best-000020", "final"):
+    for name in ("step-000010", "best-000020"):
         (out / "distilled" / name).mkdir(parents=True)
     found = commands("more.sh", out, "distilled", "20", "backbone.device=cpu", recorder=recorder)
     config = composed(TrainConfig, "train", found[0][1:])

@@ -45,6 +45,6 @@ score() {  # score CHECKPOINT NAME [KEY=VALUE...]
 
 score smollm2-135m start "$@"
 for checkpoint in "$out/$from"/*-0*; do
-    score "$checkpoint" "$from-${checkpoint##*-}" "$@"
+    [ ! -e "$checkpoint" ] || score "$checkpoint" "$from-${checkpoint##*-}" "$@"
 done
 echo "scored: put it on the card with: python examples/smollm2/more.py $out"
