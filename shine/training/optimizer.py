@@ -13,7 +13,7 @@ from shine.training.muon import Muon
 
 
 def learning_rate(step: int, *, stage: StageConfig, total_steps: int) -> float:
-    """Rate of optimizer step ``step`` (from 0): linear warm-up to the peak, then the schedule, linear to zero at ``total_steps``."""
+    """Rate of optimizer step ``step`` (from 0): linear warm-up to the peak, then linear to zero at ``total_steps``, or none."""
     if step < stage.warmup_steps:
         return stage.learning_rate * (step + 1) / stage.warmup_steps
     if stage.schedule == "constant":
