@@ -113,6 +113,13 @@ def fused_attention(subject: Subject) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def blocks_of_queries(_subject: Subject) -> Iterator[None]:
+    """Attention of the backbone in blocks of queries however long the sequence, where ours takes the fused kernel in float32."""
+    with patch.object(attention, "_fused_is_better", lambda *_: False):
+        yield
+
+
 class _Apart(LayerLoRA):
     """A product with ``A`` for each linear, though some read the same."""
 
@@ -156,6 +163,7 @@ ABLATIONS: dict[str, Ablation] = {
     "all logits": all_logits,
     "labels at once": labels_at_once,
     "fused attention": fused_attention,
+    "blocks of queries": blocks_of_queries,
     "A of each linear alone": partial(worn_as, _Apart),
     "updates summed": partial(worn_as, _Summed),
     "packed rows": lambda subject: packed(subject.backbone),

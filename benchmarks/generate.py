@@ -30,6 +30,8 @@ from shine.lora import LoRA
 from shine.prompt_cache import PromptCache
 
 RECIPE = "recipe: one by one, float32"
+WANTED = ("one by one", "side by side")
+"""The ways that must be so many times apart."""
 MERGED = {
     "one by one": "one by one, one adapter merged",
     "side by side, one adapter worn": "side by side, one adapter merged",
@@ -56,12 +58,15 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of ours; auto: bfloat16, or float32 where that is slow")
     parser.add_argument("--without-recipe", action="store_true", help="leave the published way out")
+    parser.add_argument("--brief", action="store_true", help="one by one and side by side, and nothing else")
     parser.add_argument("--profile", action="store_true", help="print where ours spends its time, and nothing else")
     args = parser.parse_args()
     subject = load(args.model, device=args.device, dtype=args.dtype)
     with torch.inference_mode():
         lora = subject.hypernetwork(subject.backbone, tokens(args.batch, args.context, subject.backbone), None)
-    ways = answering(subject, lora, prompt=args.prompt, new=args.new, recipe=not args.without_recipe)
+    ways = answering(subject, lora, prompt=args.prompt, new=args.new, recipe=not (args.without_recipe or args.brief))
+    if args.brief:
+        ways = {name: ways[name] for name in WANTED}
     if args.profile:
         show_profile(ways["side by side"], subject.device)
         return
@@ -87,17 +92,21 @@ def main() -> None:
     for worn, merged in MERGED.items():
         if {worn, merged} <= seconds.keys():
             print(f"{merged}, against wearing it: {ratio_with_spread(seconds[worn], seconds[merged])} times as fast")
+    same = sum(torch.equal(*rows) for rows in zip(*(said[name] for name in WANTED), strict=True))
+    print(f"{same} of {args.batch} answers are the same side by side and one by one")
     if RECIPE in ways:
         print(f"against the recipe: {ratio_with_spread(seconds[RECIPE], seconds['side by side'])} times as fast")
         compare(subject, lora, said[RECIPE], prompt=args.prompt)
+    limit = rates[args.batch, subject.backbone.dtype] / rates[1, subject.backbone.dtype]
+    print(f"The products of a decoding step alone would allow {limit:.1f} times as many answers a second side by side.")
+    if args.brief:
+        return
     talks = conversation(subject, lora.select([0]), turns=args.turns, prompt=args.prompt, new=args.new)
     spent = alternate(talks, rounds=args.rounds, device=subject.device)
     print(
         f"a conversation of {args.turns} turns: {median(spent['kept']):.3f} s with what earlier turns computed kept, "
         f"{median(spent['anew']):.3f} s without: {ratio_with_spread(spent['anew'], spent['kept'])} times as fast"
     )
-    limit = rates[args.batch, subject.backbone.dtype] / rates[1, subject.backbone.dtype]
-    print(f"The products of a decoding step alone would allow {limit:.1f} times as many answers a second side by side.")
 
 
 def answering(subject: Subject, lora: LoRA, *, prompt: int, new: int, recipe: bool) -> dict[str, Callable[[], Tensor]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_step import Ours, gradient
 
+from shine import attention
 from shine.backbone import Backbone
 from shine.hypernetwork import Hypernetwork
 from shine.training.losses import label_losses
@@ -68,9 +69,18 @@ def test_a_way_learns_what_ours_does_by_other_operations(subject: Subject, name:
     assert other == pytest.approx(loss, rel=1e-12)
     torch.testing.assert_close(other_slopes, slopes, rtol=1e-9, atol=1e-11)
     # Here every label fits into one chunk, and threads are no operation.
-    assert (other_calls == calls) == (name in ("labels at once", "one thread"))
+    # In float64 attention is in blocks already.
+    assert (other_calls == calls) == (name in ("labels at once", "one thread", "blocks of queries"))
     again = learned(subject, ablations.OURS)
     assert again[2] == calls, "something of the way before is left"
+
+
+def test_blocks_of_queries_are_taken_however_long_the_sequence(subject: Subject) -> None:
+    """In float32, where nothing is padded, ours takes the fused kernel then."""
+    long = torch.zeros(1, 1, attention.LONG, 4)
+    assert attention._fused_is_better(long, None)
+    with ablations.blocks_of_queries(subject):
+        assert not attention._fused_is_better(long, None)
 
 
 def test_labels_at_once_and_one_thread_are_what_they_say(subject: Subject) -> None:

@@ -318,6 +318,15 @@ def test_answering(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert re.search(r"a conversation of 3 turns: [\d.]+ s with what earlier turns computed kept, [\d.]+ s without", said)
 
 
+def test_answering_in_brief(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What has a target, and nothing else."""
+    said = run("generate", ["--batch", "2", "--context", "40", "--new", "2", "--prompt", "8", "--brief"], monkeypatch, capsys)
+    assert re.findall(r"^(.+?)  +[\d.]+ s ", said, flags=re.M) == ["one by one", "side by side"]
+    assert "2 of 2 answers are the same side by side and one by one" in said
+    assert "conversation" not in said
+    assert "recipe" not in said
+
+
 def of_cpu_world(contexts: int) -> tuple[Subject, LoRA]:
     """The CPU world, and the adapters of random contexts, in float32."""
     subject = load("cpu-world", device="cpu", dtype="bfloat16")
