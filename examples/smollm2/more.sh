@@ -5,7 +5,7 @@
 # usage: sh examples/smollm2/more.sh [folder [labels|distilled [steps [KEY=VALUE...]]]]
 #   folder     where all is written: outputs/smollm2-more
 #   labels     learn from the labels, as the recipe does; distilled: from the tuned in-context model's distribution too
-#   steps      of 48 questions, four of a context in one pass; scored every ten: 40 (more of a run that has ended: allow_changes=true)
+#   steps      of 48 questions, four of a context in one pass; scored every ten: 40 (given again with more, a run goes on)
 #   KEY=VALUE  for the training and the tests, as for train.py: backbone.device=cuda
 #
 # `python examples/smollm2/more.py FOLDER` puts the scores of all that was trained there on the model card.
@@ -30,7 +30,8 @@ case $from in
 esac
 
 # Half of the recipe's rate, which falls to zero there. Worlds, and questions made of passages, that no run behind the shipped file drew.
-"$python" train.py experiment=smollm2 stage=1qa checkpoint=smollm2-135m "output=$out/$from" resume=auto \
+# What may change is the number of steps: at a constant rate a longer run is a shorter one gone on with.
+"$python" train.py experiment=smollm2 stage=1qa checkpoint=smollm2-135m "output=$out/$from" resume=auto allow_changes=true \
     stage.schedule=constant stage.learning_rate=2e-4 stage.warmup_steps=5 "stage.steps=$steps" "stage.distillation=$distillation" \
     stage.save_every=10 stage.keep=100 stage.evaluate_every=10 stage.evaluation_batches=2 \
     data.train.worlds.options.count=1500 data.train.worlds.options.seed=21000 data.train.pieces.options.seed=31 \
