@@ -46,7 +46,9 @@ def answers(scores: dict[str, float], *, em: dict[str, float], cosine: float) ->
     return {"tally": "20 samples", "methods": methods, **compare_methods(rows, methods)}
 
 
-def write_scores(folder: Path, place: Path, *, shine: float, worlds: float, perplexity_loss: float, cosine: float) -> Path:
+def write_scores(
+    folder: Path, place: Path, *, shine: float, worlds: float, perplexity_loss: float, cosine: float, dtype: str = "bfloat16"
+) -> Path:
     """The three results that the card of the model in ``place`` is made of."""
     squad = {"shine": shine, "shine_other": 0.05, "in_context": 0.2, "in_context_tuned": 0.5, "only_question": 0.1}
     invented = {"shine": worlds, "shine_other": 0.0, "in_context": 0.4, "in_context_tuned": 0.9, "only_question": 0.02}
@@ -60,21 +62,24 @@ def write_scores(folder: Path, place: Path, *, shine: float, worlds: float, perp
     trust = {
         "name": "invented worlds",
         "contexts": 8,
-        "interference": {"changed": rate, "leak_on": rate},
+        "interference": {"questions": 9, "changed": rate, "leak_on": rate},
         "knowledge": {"questions": 3, "kept_on": rate},
         "unanswerable": {"questions": 0},
         "decay": {"on": {"first_five": rate, "last_five": rate}},
     }
-    backbone, stage = {"dtype": "bfloat16"}, {"context_length": 64, "learning_rate": 1.0}
+    backbone, stage = {"dtype": dtype}, {"context_length": 64, "learning_rate": 1.0}
     config = {"max_new_tokens": 32, "backbone": backbone, "stage": stage, "output": "/home/me"}
-    reader = LoRA.load(place / "reader").to(dtype=torch.bfloat16)
-    weights = {name: weights_digest(place / "hypernetwork", [reader] * (name == "test")) for name in ("test", "test_pretrain")}
+    reader = LoRA.load(place / "reader").to(dtype=getattr(torch, dtype))
+    with_reader, alone = (weights_digest(place / "hypernetwork", readers) for readers in ([reader], []))
+    others = {name: answers(squad, em=dict.fromkeys(METHODS, 0.0), cosine=cosine) for name in sources}
     for name, value in {
+        "other/summary.json": {"config": config, "sources": others},
+        "other/plan.json": {"config": config, "weights": with_reader},
         "test/summary.json": {"config": config, "sources": sources},
-        "test/plan.json": {"config": config, "weights": weights["test"]},
+        "test/plan.json": {"config": config, "weights": with_reader},
         "test_pretrain/summary.json": {"config": config, "sources": texts},
-        "test_pretrain/plan.json": {"config": config, "weights": weights["test_pretrain"]},
-        "trust/trust.json": {"weights": weights["test_pretrain"], "sets": [trust]},
+        "test_pretrain/plan.json": {"config": config, "weights": alone},
+        "trust/trust.json": {"weights": alone, "sets": [trust]},
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(value))
@@ -147,8 +152,13 @@ def test_the_card_says_what_was_measured(module: ModuleType, place: Path, tmp_pa
     assert "100.0 [100.0, 100.0] % are exact where one person has a fact" in words
     assert "asked for (6 questions), 0.0 [0.0, 0.0] % where several have (6)" in words
     assert "SHINE, another context 0 %" not in words
-    assert "of what the model knows by itself 40 [30, 50] % is still right" in page
+    assert "changes 40 [30, 50] % of 9 answers about *another* context" in words
+    assert "of 3 things that the model knows by itself 40 [30, 50] % are still right" in words
     assert "declines" not in page
+    assert "On 20 questions about other passages of the same articles, by which no version was chosen, F1 is 40.0" in words
+    assert "tuned 50.0 [50.0, 50.0]): +20.0 [+20.0, +20.0] beside untuned In-Context, 75.0 [75.0, 75.0] % of the way." in words
+    assert "four bits" not in page
+    assert "had not been committed" not in page
     assert "/home/me" not in (place / "scores.json").read_text()
     trained = re.search(r"\(([\d,]+) trained parameters", page)
     assert trained is not None
@@ -159,6 +169,24 @@ def test_the_card_says_what_was_measured(module: ModuleType, place: Path, tmp_pa
     assert picture.shape[0] > 600
     assert picture.std() > 0.05
     assert all(len(line) < 400 for line in page.splitlines())
+
+
+def test_what_is_unusual_of_a_version_is_said(module: ModuleType, place: Path, tmp_path: Path) -> None:
+    """Weights of the backbone that are not the original ones, a run of code that nobody has, versions scored in different types."""
+    config = place / "hypernetwork" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "variant": "Q4_1, dequantised"}))
+    recipe = place / "training" / "02-mqa" / "recipe.json"
+    kept = json.loads(recipe.read_text())
+    recipe.write_text(json.dumps({**kept, "versions": {**kept["versions"], "revision": "0123+changes"}}))
+    scores = write_scores(tmp_path / "scores", place, shine=0.3, worlds=0.7, perplexity_loss=1.0, cosine=0.5)
+    module.write_card(place, scores)
+    spoil(place, "hypernetwork")
+    scores = write_scores(tmp_path / "scores", place, shine=0.4, worlds=0.8, perplexity_loss=0.5, cosine=0.5, dtype="float32")
+    page = " ".join(module.write_card(place, scores).read_text(encoding="utf-8").split())
+    assert "as `shine fetch smollm2-135m` gets it: **Q4_1, dequantised**, which is to say from weights of four bits each" in page
+    assert "of mqa it was that with changes that had not been committed" in page
+    assert "By these values every version improved on the one before" in page
+    assert "They were scored in different types (bfloat16, float32)." in page
 
 
 def test_a_missed_target_is_called_so(module: ModuleType, place: Path, tmp_path: Path) -> None:
@@ -231,7 +259,8 @@ def test_a_card_tells_what_earlier_versions_scored(module: ModuleType, place: Pa
     assert [round(version["scores"]["squad"]["value"]) for version in kept["before"]] == [20, 30]
     assert "SQuAD's F1 from 20.0 to 30.0 (intervals apart); worlds from 50.0 to 60.0" in page
     assert "SQuAD's F1 from 30.0 to 25.0" in page
-    assert "Every version improved" not in page
+    assert "every version improved" not in page
+    assert "They were scored in different types" not in page
     assert "The cosine between adapters of SQuAD's passages was 0.50, 0.50, 0.50, of which less is wanted." in page
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from curves import Runs, curves, read_runs, samples_drawn, validation_losses
 from lineage import paragraph, training
-from results import CONTROL, SET_TITLES, Results, Version, check_scored, compared, digest_of, targets
+from more import More, told
+from results import CONTROL, OTHER_TITLES, SET_TITLES, Results, Version, check_scored, compared, digest_of, targets
 
 from shine.checkpoint import WEIGHTS_FILE, CheckpointInfo, read_info, read_weights
 from shine.evaluation.plots import read_metrics
@@ -35,7 +36,15 @@ COMPARED = {"squad": ("SQuAD's F1", 1), "worlds": ("worlds", 1), "texts": ("perp
 
 
 def card(
-    results: Results, info: CheckpointInfo, *, version: Version, runs: Runs, reader: Mapping[str, Any], parameters: int, size: int
+    results: Results,
+    info: CheckpointInfo,
+    *,
+    version: Version,
+    runs: Runs,
+    more: More | None,
+    reader: Mapping[str, Any],
+    parameters: int,
+    size: int,
 ) -> Iterator[str]:
     """The lines of the page."""
     yield from _front()
@@ -44,6 +53,8 @@ def card(
     yield from _how_measured(results)
     yield from _samples(results)
     yield from _more_training(results, version, runs)
+    if more is not None:
+        yield from told(more)
     yield from training(runs, reader)
     yield from _limits(results)
 
@@ -66,8 +77,16 @@ def _summary(results: Results, info: CheckpointInfo, *, parameters: int, size: i
     yield from paragraph(
         f"A hypernetwork ({parameters:,} trained parameters, {size / 1e6:.1f} MB) that reads a text of up to "
         f"{info.context_length} tokens once with the frozen SmolLM2-135M-Instruct and writes a LoRA of rank {shape.rank} for "
-        f"{', '.join(shape.targets)} of every layer. **It reaches {reached} of the {len(wanted)} targets that were set for it.**"
+        f"{', '.join(shape.targets)} of every layer. **It reaches {reached} of the {len(wanted)} targets that were set for it**, "
+        "of which the first was the aim for a training on CPUs alone."
     )
+    if info.variant is not None:
+        yield ""
+        yield from paragraph(
+            f"Its backbone is that model as `shine fetch smollm2-135m` gets it: **{info.variant}**, which is to say from weights "
+            "of four bits each. All scores below, the baselines' too, are of that model. On the original weights nothing was "
+            "scored, and this file is refused unless `backbone.allow_variant=true` is set."
+        )
     yield from ["", "```python", "from shine import Shine", ""]
     yield 'shine = Shine.from_pretrained("smollm2-135m")  # fetches the backbone the first time'
     yield 'lora = shine.encode("Zoran works as a baker. Umar lives in Selkirk.")'
@@ -75,7 +94,8 @@ def _summary(results: Results, info: CheckpointInfo, *, parameters: int, size: i
     yield from paragraph(
         "For research only: it learned from RACE and BBC text, see [LICENSE-WEIGHTS](LICENSE-WEIGHTS). "
         "`sh examples/smollm2/score.sh` measures what stands under *Scores* and *What it cannot do*; `sh "
-        "examples/smollm2/train.sh` goes on training from here, which nobody has run to its end yet."
+        "examples/smollm2/train.sh` goes on training from here, which nobody has run to its end yet; `sh examples/smollm2/more.sh` "
+        "goes on with the last stage alone, which is told of under *What more training would do*."
     )
 
 
@@ -83,6 +103,8 @@ def _scores(results: Results) -> Iterator[str]:
     yield from ["", "## Wanted, and reached", "", "| wanted | measured [95 %] | |", "|---|---|---|"]
     for target in targets(results):
         yield f"| {target.wanted} | {target.measured} | {'reached' if target.reached else '**missed**'} |"
+    yield ""
+    yield from paragraph(_by_the_others(results))
     yield from ["", "## Scores", ""]
     yield from paragraph(
         f"Percent, with 95 % intervals (bootstrap over contexts). Single questions, greedy, at most "
@@ -92,6 +114,8 @@ def _scores(results: Results) -> Iterator[str]:
     )
     for source, title in SET_TITLES.items():
         yield from _answers(results, source, title)
+    for source, title in OTHER_TITLES.items():
+        yield from _answers(results.of_others, source, title)
     found = results.texts["sources"]["wikitext"]["methods"]
     bounds = list(found["shine"]["reconstruct"]["lengths"])
     yield from ["", "**WikiText-2 given back**: perplexity a token by length, beginnings of articles, one text each", ""]
@@ -111,7 +135,10 @@ def _scores(results: Results) -> Iterator[str]:
 def _where_from(results: Results) -> Iterator[str]:
     """What of the scores is of the context, and what an adapter has of a world."""
     others, apart = results.score("squad", CONTROL, "f1"), results.ahead("squad", "shine", CONTROL, "f1")
-    shown = "What it scores there it has from the passage, not from answering briefly."
+    shown = (
+        "What it scores there it has from the passage. What a short answer is worth by itself this does not say: a wrong passage "
+        "misleads, and Only Question rambles."
+    )
     yield ""
     yield from paragraph(
         f"The control: under the adapter of another passage, F1 on SQuAD is {others:.1f}; under its own it is {apart:.1f} higher, "
@@ -169,10 +196,25 @@ def _cell(text: str) -> str:
     return line if len(line) <= LONGEST_CELL else line[: LONGEST_CELL - 2].rstrip() + " …"
 
 
+def _by_the_others(results: Results) -> str:
+    """The verdicts on SQuAD by the questions that chose no version."""
+    others = results.of_others
+    ours, without, untuned, tuned = (
+        others.score("squad", method, "f1") for method in ("shine", "only_question", "in_context", "in_context_tuned")
+    )
+    way, ahead = others.way_to_tuned("squad", "f1"), others.ahead("squad", "shine", "in_context", "f1")
+    count = others.answers["sources"]["squad"]["methods"]["shine"]["questions"]
+    return (
+        f"On {count} questions about other passages of the same articles, by which no version was chosen, F1 is {ours:.1f} (Only "
+        f"Question {without:.1f}, In-Context {untuned:.1f}, tuned {tuned:.1f}): {ahead:+.1f} beside untuned In-Context, "
+        f"{f'{way:.1f} %' if way else 'nothing'} of the way."
+    )
+
+
 def _more_training(results: Results, version: Version, runs: Runs) -> Iterator[str]:
     yield from ["", "## What more training would do", "", f"![Scores of each version, and what its runs watched]({CURVES})", ""]
     versions = [*results.before, version]
-    told, better = [], []
+    said, better = [], []
     for before, after in pairwise(versions):
         steps = []
         for name, (what, sign) in COMPARED.items():
@@ -181,22 +223,27 @@ def _more_training(results: Results, version: Version, runs: Runs) -> Iterator[s
             steps.append(f"{what} from {old.value:.1f} to {new.value:.1f} (intervals {apart})")
             better.append((new.value - old.value) * sign > 0)
         other = f" (another hypernetwork, rank {after.rank} for {before.rank})" if after.rank != before.rank else ""
-        told.append(f"{before.samples:,} to {after.samples:,} samples{other}: {'; '.join(steps)}.")
+        said.append(f"{before.samples:,} to {after.samples:,} samples{other}: {'; '.join(steps)}.")
     if better and all(better):
-        told.append("Every version improved on the one before in all three; what it learned from, and how, changed with it.")
+        said.append(
+            "By these values every version improved on the one before in all three, some by less than chance allows for; what it "
+            "learned from, and how, changed with it, and what was tried between them and was no better did not ship."
+        )
+    if len({each.dtype for each in versions}) > 1:
+        said.append(f"They were scored in different types ({', '.join(each.dtype for each in versions)}).")
     if len(versions) > 1:
         cosines = ", ".join(f"{each.cosine:.2f}" for each in versions)
-        told.append(f"The cosine between adapters of SQuAD's passages was {cosines}, of which less is wanted.")
+        said.append(f"The cosine between adapters of SQuAD's passages was {cosines}, of which less is wanted.")
     watched = [read_metrics(run, name)[1] for _, run in runs for name in validation_losses(run)]
     if all(losses[-1] < losses[0] for losses in watched if len(losses) > 1):
-        told.append(
+        said.append(
             "Every loss that was watched more than once was lower at the end of its run, as the learning rate fell to zero. What "
             "one stage brings, the next takes in part: docs/training_log.md follows that."
         )
     squad = compared(results)[0]
     missing = squad.wanted[1] - version.scores[squad.name].value
-    told.append(f"Half of the way on SQuAD is another {missing:.0f} points of F1.")
-    yield from paragraph(" ".join(told))
+    said.append(f"Half of the way on SQuAD is another {missing:.0f} points of F1.")
+    yield from paragraph(" ".join(said))
 
 
 def _answers(results: Results, source: str, title: str) -> Iterator[str]:
@@ -226,13 +273,17 @@ def _limits(results: Results) -> Iterator[str]:
     for found in results.trust["sets"]:
         about = f"{found['name']}, {found['contexts']} contexts"
         changed, leaked = (Estimate(**found["interference"][name]) for name in ("changed", "leak_on"))
-        yield f"- {about}: an adapter changes {changed:.0f} % of the answers about *another* context, and {leaked:.0f} % are wrong"
-        yield "  and taken from the context that is on: take it off for other questions."
+        asked = found["interference"]["questions"]
+        yield f"- {about}: an adapter changes {changed:.0f} % of {asked} answers about *another* context, and {leaked:.0f} % are"
+        yield "  wrong and taken from the context that is on: take it off for other questions."
         if (known := found["knowledge"])["questions"]:
             kept = Estimate(**known["kept_on"])
-            yield f"- {about}: of what the model knows by itself {kept:.0f} % is still right with an adapter on."
+            yield f"- {about}: of {known['questions']} things that the model knows by itself {kept:.0f} % are still right with an"
+            yield "  adapter on."
         if (open_ := found["unanswerable"])["questions"]:
-            yield f"- {about}: of questions that the context leaves open it declines {Estimate(**open_['declined_on']):.0f} %."
+            on, in_context = (Estimate(**open_[name]) for name in ("declined_on", "declined_in_context"))
+            yield f"- {about}: of {open_['questions']} questions that the context leaves open it declines {on:.0f} %, In-Context"
+            yield f"  {in_context:.0f} %."
         first, last = (Estimate(**found["decay"]["on"][span]) for span in ("first_five", "last_five"))
         yield f"- {about}: over 15 turns its EM goes from {first:.0f} in the first five to {last:.0f} in the last five."
     yield "- English, texts of the lengths that it was trained on; longer ones are read in pieces (`docs/adapters.md`)."
@@ -279,7 +330,8 @@ def page(place: Path, results: Results, version: Version) -> str:
     trained = [tensor for name, tensor in read_weights(place / "hypernetwork").items() if not name.startswith(MEASURED)]
     parameters = sum(tensor.numel() for tensor in trained)
     size = (place / "hypernetwork" / WEIGHTS_FILE).stat().st_size
-    lines = card(results, info, version=version, runs=runs, reader=reader, parameters=parameters, size=size)
+    told_of = {"version": version, "runs": runs, "more": More.read(place), "reader": reader}
+    lines = card(results, info, **told_of, parameters=parameters, size=size)
     return "\n".join(lines) + "\n"
 
 

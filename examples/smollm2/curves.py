@@ -122,7 +122,7 @@ def _draw_scores(axes: Axes, versions: Sequence[Version], score: Score) -> None:
         axes.annotate(name, (place, height), (-3, 3), textcoords="offset points", fontsize=8, color=INK, ha=side)
     axes.set_xlabel("thousands of samples drawn for it", fontsize=8)
     axes.set(xlim=(-0.1 * width, width), ylim=(0, 1.12 * max(*(each.high for each in found), *(height for _, height, *_ in lines))))
-    _finish(axes, score.title)
+    finish(axes, score.title)
 
 
 def _draw_watched(axes: Axes, runs: Runs, title: str, name: str, kept: str) -> None:
@@ -146,10 +146,11 @@ def _draw_watched(axes: Axes, runs: Runs, title: str, name: str, kept: str) -> N
     axes.set_xticks([column + 0.4 for column in range(len(runs))], labels, fontsize=8)
     axes.set(xlim=(-0.1, len(runs) - 0.1))
     axes.set_xlabel("one column a run: tokens of a context, at most", fontsize=8)
-    _finish(axes, title)
+    finish(axes, title)
 
 
-def _finish(axes: Axes, title: str) -> None:
+def finish(axes: Axes, title: str) -> None:
+    """How all these pictures look."""
     axes.set_title(title, fontsize=10)
     axes.tick_params(length=0)
     axes.spines[["top", "right"]].set_visible(False)

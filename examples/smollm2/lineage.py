@@ -72,7 +72,7 @@ def _table(runs: Runs) -> Iterator[str]:
 
 def _drawn(runs: Runs) -> Iterator[str]:
     """How many samples of what, and how the columns are to be read."""
-    skipped = steps_not_taken(runs)
+    skipped, changed = steps_not_taken(runs), [stage for stage, run in runs if _revision(run).endswith("+changes")]
     not_taken = f"; {skipped} steps were drawn and not taken, their loss or gradient being no number" if skipped else ""
     yield ""
     yield from paragraph(
@@ -87,6 +87,12 @@ def _drawn(runs: Runs) -> Iterator[str]:
         "pieces to give back, *stories* and *worlds* invented. The recipes of these runs: `training/`; what is recommended since: "
         "`configs/experiment/smollm2.yaml` and `smollm2_gpu.yaml`; what was tried, and what did not help: `docs/training_log.md`."
     )
+    if changed:
+        yield ""
+        yield from paragraph(
+            f"The code of a run is that of the commit that its `recipe.json` names; of {', '.join(changed)} it was that with "
+            "changes that had not been committed."
+        )
 
 
 def _reader(reader: Mapping[str, Any]) -> Iterator[str]:
@@ -103,6 +109,10 @@ def _device(run: Path) -> str:
     """What a run computed on, as its recipe has it."""
     named = read_recipe(run).get("versions", {}).get("device", "")
     return named if "NVIDIA" in named else "CPU"
+
+
+def _revision(run: Path) -> str:
+    return str(read_recipe(run).get("versions", {}).get("revision", ""))
 
 
 def _last(values: Sequence[float]) -> str:

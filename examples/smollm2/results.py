@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,16 @@ from shine.evaluation.trust_page import FIGURES_FILE
 from shine.lora import LoRA
 
 SET_TITLES = {"squad": "SQuAD, unseen articles", "worlds": "invented worlds, unseen"}
+OTHER_TITLES = {
+    "squad": "SQuAD, unseen articles, passages by which no version was chosen",
+    "worlds": "invented worlds, unseen, by which no version was chosen",
+}
+"""Of ``configs/sets/passages/other.yaml``."""
 CONTROL = "shine_other"
 """Each question under the adapter of another context."""
 SAMPLES_OF_EACH = 4
+KEPT = ("samples", "owners", "chosen_on", "notes", "answers", "other", "texts", "trust")
+"""Of `Results`, beside the versions, in ``scores.json``."""
 WANTED_WAY, WANTED_PERPLEXITY, WANTED_WORLDS = 50, 4, 60
 """Percent of SQuAD's way, perplexity of texts given back, percent of the answers about worlds."""
 
@@ -36,6 +43,7 @@ class Version:
         weights: the start of the SHA-256 of its file.
         samples: how many had been drawn for it, each as often as it was.
         scores: by name, as `Results.version` has them.
+        dtype: that they were computed in.
         cosine: between its adapters of SQuAD's unseen articles.
     """
 
@@ -44,6 +52,7 @@ class Version:
     samples: int
     scores: Mapping[str, Estimate]
     cosine: float
+    dtype: str
 
     def kept(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -53,7 +62,7 @@ class Version:
     def read(kept: Mapping[str, Any]) -> Version:
         """From `kept`."""
         scores = {name: Estimate(**found) for name, found in kept["scores"].items()}
-        return Version(kept["weights"], kept["rank"], kept["samples"], scores, kept["cosine"])
+        return Version(**{**kept, "scores": scores})
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ class Results:
 
     Attributes:
         answers, texts, trust: the summaries of ``test.py`` and ``test_pretrain.py`` and the figures of ``shine trust``.
+        other: the summary of ``test.py`` on other questions, by which no version was chosen.
         samples: the first questions of ``test.py`` with what each method answered.
         owners: of the answers about worlds, those where one person has a fact of the kind that is asked for, and those where
             several have: ``questions``, and the EM of SHINE as an `Estimate` has it.
@@ -88,6 +98,7 @@ class Results:
     answers: Mapping[str, Any]
     texts: Mapping[str, Any]
     trust: Mapping[str, Any]
+    other: Mapping[str, Any]
     samples: Sequence[Mapping[str, Any]]
     owners: Mapping[str, Mapping[str, float]]
     chosen_on: Mapping[str, int]
@@ -97,27 +108,30 @@ class Results:
     @staticmethod
     def of(folder: Path, *, chosen_on: Mapping[str, int], before: Sequence[Version], notes: Sequence[str] = ()) -> Results:
         """From the folder of ``score.sh``."""
-        answers, texts, trust = (
+        answers, texts, trust, other = (
             json.loads((folder / file).read_text(encoding="utf-8"))
-            for file in ("test/summary.json", "test_pretrain/summary.json", f"trust/{FIGURES_FILE}")
+            for file in ("test/summary.json", "test_pretrain/summary.json", f"trust/{FIGURES_FILE}", "other/summary.json")
         )
         lines = (folder / "test" / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
-        told = _without_paths(answers), _without_paths(texts), trust, _first_answers(rows), _by_owners(rows)
-        return Results(*told, chosen_on, before, notes)
+        measured = _without_paths(answers), _without_paths(texts), trust, _without_paths(other)
+        return Results(*measured, _first_answers(rows), _by_owners(rows), chosen_on, before, notes)
 
     @staticmethod
     def read(kept: Mapping[str, Any]) -> Results:
         """From ``scores.json``."""
         before = [Version.read(version) for version in kept["before"]]
-        told = {name: kept[name] for name in ("answers", "texts", "trust", "samples", "owners", "chosen_on", "notes")}
-        return Results(**told, before=before)
+        return Results(**{name: kept[name] for name in KEPT}, before=before)
 
     def kept(self, version: Version) -> dict[str, Any]:
         """As ``scores.json`` has it."""
         versions = {"version": version.kept(), "before": [each.kept() for each in self.before]}
-        told = {name: getattr(self, name) for name in ("samples", "owners", "chosen_on", "notes", "answers", "texts", "trust")}
-        return {**versions, **told}
+        return {**versions, **{name: getattr(self, name) for name in KEPT}}
+
+    @property
+    def of_others(self) -> Results:
+        """The same of the other questions."""
+        return replace(self, answers=self.other)
 
     def version(self, weights: str, *, rank: int, samples: int) -> Version:
         """These weights, with the scores that are compared from version to version."""
@@ -126,7 +140,8 @@ class Results:
             "worlds": self.score("worlds", "shine", "em"),
             "texts": self.perplexity("shine", "reconstruct"),
         }
-        return Version(weights, rank, samples, scores, self.cosine("squad").value)
+        dtype = self.answers["config"]["dtype"]
+        return Version(weights, rank, samples, scores, self.cosine("squad").value, dtype)
 
     def score(self, source: str, method: str, name: str) -> Estimate:
         """A score in percent."""
@@ -225,7 +240,8 @@ def digest_of(place: Path) -> str:
 
 def check_scored(scores: Path, place: Path) -> None:
     """Make sure that the tests loaded the weights, and the reader, that lie in ``place``, and `shine trust` too."""
-    for name, readers in (("test", [LoRA.load(place / "reader")]), ("test_pretrain", [])):
+    reader = LoRA.load(place / "reader")
+    for name, readers in (("test", [reader]), ("other", [reader]), ("test_pretrain", [])):
         plan = json.loads((scores / name / PLAN_FILE).read_text(encoding="utf-8"))
         dtype = getattr(torch, plan["config"]["backbone"]["dtype"])
         expected = weights_digest(place / "hypernetwork", [reader.to(dtype=dtype) for reader in readers])
