@@ -46,7 +46,7 @@ lint: $(READY) ## check style, format and types
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
-bench: $(READY) ## time what has a target on SmolLM2-135M: steps, encoding, answering (under 15 minutes on two cores)
+bench: $(READY) ## time what has a target on SmolLM2-135M: steps, encoding, answering (14 minutes on two cores)
 	@for part in train_step "encode --without-recipe" "generate --brief"; do $(TIMED); done
 
 bench-all: $(READY) ## the same with all ways to encode and to answer, and an evaluation (14 to 25 minutes)
