@@ -112,7 +112,8 @@ def collect(folder: Path, place: Path) -> More:
     first = _rows(scored / START)
     runs, stage = dict[str, list[Point]](), dict[str, Any]()
     for arm in ARMS:
-        if found := sorted(scored.glob(f"{arm}-*")):
+        # What is being scored has no summary yet.
+        if found := sorted(file.parent for file in scored.glob(f"{arm}-*/summary.json")):
             stage = json.loads((folder / arm / "run.json").read_text(encoding="utf-8"))["config"]["stage"]
             runs[arm] = [_read(each, int(each.name.rpartition("-")[2]), first, folder / arm) for each in found]
     asked = {name: len(rows) for name, rows in first.items()}
@@ -168,16 +169,18 @@ def _verdict(more: More, name: str, title: str) -> str:
         apart = points[-1].apart[name]
         shown = "better" if apart.low > 0 else "worse" if apart.high < 0 else "no different beyond chance"
         ends.append(f"{shown} after {points[-1].step} steps from {ARMS[arm]}")
-    return f"{title}: {' and '.join(ends)}."
+    return f"{title[0].upper()}{title[1:]}: {' and '.join(ends)}."
 
 
 def picture(file: Path, more: More) -> None:
-    """Scores by step; a bar is the interval of the difference from the start, on the same questions."""
+    """Scores by step, a bar being the interval of the difference from the start on the same questions; and the loss watched."""
     figure, places = plt.subplots(1, len(SCORED) + 1, figsize=(12.5, 3.6), constrained_layout=True)
     for axes, (name, (_, title)) in zip(places, SCORED.items(), strict=False):
-        _draw(axes, more, title, more.start.scores[name].value, partial(_score, name))
+        axes.axhline(more.start.scores[name].value, color=PALE, linewidth=1, linestyle="--", zorder=0, label="the shipped file")
+        _draw(axes, more, f"{title}, percent", [more.start], partial(_score, name))
         _draw_bars(axes, more, name)
-    _draw(places[-1], more, "cosine between adapters of two passages", more.start.cosine, lambda point: point.cosine)
+    _draw(places[-1], more, "loss of unseen labels (nats)", [], lambda point: point.watched["loss"])
+    places[-1].set_xlim(places[0].get_xlim())
     handles, labels = places[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=len(handles))
     figure.savefig(file, dpi=110)
@@ -188,10 +191,9 @@ def _score(name: str, point: Point) -> float:
     return point.scores[name].value
 
 
-def _draw(axes: Axes, more: More, title: str, start: float, value: Callable[[Point], float]) -> None:
-    axes.axhline(start, color=PALE, linewidth=1, linestyle="--", zorder=0, label="the shipped file")
+def _draw(axes: Axes, more: More, title: str, start: Sequence[Point], value: Callable[[Point], float]) -> None:
     for color, (arm, points) in zip(STAGE_COLORS, more.runs.items(), strict=False):
-        steps, values = [0, *(point.step for point in points)], [start, *map(value, points)]
+        steps, values = zip(*((point.step, value(point)) for point in (*start, *points)), strict=True)
         axes.plot(steps, values, marker="o", color=color, linewidth=2, markersize=4, label=f"learned from {ARMS[arm]}")
     axes.set_xlabel(f"steps of {more.batch_size} questions", fontsize=8, color=INK)
     finish(axes, title)
