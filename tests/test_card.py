@@ -62,7 +62,7 @@ def write_scores(
     trust = {
         "name": "invented worlds",
         "contexts": 8,
-        "interference": {"questions": 9, "changed": rate, "leak_on": rate},
+        "interference": {"questions": 9, "changed": rate, "leak_on": rate, "right_off": rate},
         "knowledge": {"questions": 3, "kept_on": rate},
         "unanswerable": {"questions": 0},
         "decay": {"on": {"first_five": rate, "last_five": rate}},
@@ -88,6 +88,8 @@ def write_scores(
         | {"answers": ["right", "fine"], "prediction": f"{method} | {'so ' * 40}" if turn == 0 else "later"}
         # Of the first three worlds two people have a pet.
         | {"kind": "pet" if turn == 0 or number < 3 else "job", "em": float(number >= 3)}
+        # SHINE knows more of what comes later.
+        | {"f1": squad[method] + 0.1 * (method == "shine") * (number - 2)}
         for method in METHODS
         for source in sources
         for number in range(6)
@@ -148,15 +150,16 @@ def test_the_card_says_what_was_measured(module: ModuleType, place: Path, tmp_pa
     words = " ".join(page.split())
     assert "under the adapter of another passage, F1 on SQuAD is 5.0 [5.0, 5.0]; under its own" in words
     assert "under its own it is 35.0 [35.0, 35.0] higher, passage by passage" in words
-    assert "What it scores there it has from the passage" in words
+    assert "So it is its own passage's adapter that counts" in words
     assert "100.0 [100.0, 100.0] % are exact where one person has a fact" in words
     assert "asked for (6 questions), 0.0 [0.0, 0.0] % where several have (6)" in words
     assert "SHINE, another context 0 %" not in words
-    assert "changes 40 [30, 50] % of 9 answers about *another* context" in words
+    assert "changes 40 [30, 50] % of 9 answers about *another* context, of which 40 [30, 50] % are right without it" in words
     assert "of 3 things that the model knows by itself 40 [30, 50] % are still right" in words
     assert "declines" not in page
-    assert "On 20 questions about other passages of the same articles, by which no version was chosen, F1 is 40.0" in words
-    assert "tuned 50.0 [50.0, 50.0]): +20.0 [+20.0, +20.0] beside untuned In-Context, 75.0 [75.0, 75.0] % of the way." in words
+    assert "On 20 questions about other passages of two of the articles (European Union law, Scottish Parliament)" in words
+    assert "tuned 50.0 [50.0, 50.0]): +30.0 [+30.0, +30.0], +20.0 [+20.0, +20.0] and 75.0 [75.0, 75.0] % of the way." in words
+    assert "Checkpoints had been compared on some of these questions" not in words
     assert "four bits" not in page
     assert "had not been committed" not in page
     assert "/home/me" not in (place / "scores.json").read_text()
@@ -185,7 +188,7 @@ def test_what_is_unusual_of_a_version_is_said(module: ModuleType, place: Path, t
     page = " ".join(module.write_card(place, scores).read_text(encoding="utf-8").split())
     assert "as `shine fetch smollm2-135m` gets it: **Q4_1, dequantised**, which is to say from weights of four bits each" in page
     assert "of mqa it was that with changes that had not been committed" in page
-    assert "By these values every version improved on the one before" in page
+    assert "By these values every version improved on the one before in all three, 3 of the 3 steps with intervals apart" in page
     assert "They were scored in different types (bfloat16, float32)." in page
 
 
@@ -212,7 +215,7 @@ def test_an_adapter_that_is_no_better_than_anothers_is_called_so(module: ModuleT
     scores = write_scores(tmp_path / "scores", place, shine=0.05, worlds=0.3, perplexity_loss=3.0, cosine=0.9)
     page = " ".join(module.write_card(place, scores).read_text(encoding="utf-8").split())
     assert "higher, passage by passage. That is not beyond chance." in page
-    assert "it has from the passage" not in page
+    assert "own passage's adapter that counts" not in page
 
 
 def test_side_effects_of_other_weights_make_no_card(module: ModuleType, place: Path, tmp_path: Path) -> None:
@@ -239,7 +242,11 @@ def test_a_card_is_made_anew_of_what_was_kept(module: ModuleType, place: Path, t
     scores = write_scores(tmp_path / "scores", place, shine=0.4, worlds=0.7, perplexity_loss=1.0, cosine=0.5)
     page = module.write_card(place, scores, chosen_on={"squad": 7}, notes=["On a Tuesday."]).read_text(encoding="utf-8")
     assert "\nOn a Tuesday.\n" in page
-    assert "7 of the 20 (SQuAD, unseen articles)" in " ".join(page.split())
+    words = " ".join(page.split())
+    assert "7 of the 20 (SQuAD, unseen articles)" in words
+    # The first seven questions are of the first four contexts, so the last two of six are left, of 60 and 70.
+    assert "On the 4 others, about 2 passages, F1 is 65.0 [60.0, 70.0] (Only Question 10.0 [10.0, 10.0], In-Context 20.0" in words
+    assert "+55.0 [+50.0, +60.0] beside Only Question, +45.0 [+40.0, +50.0] beside untuned In-Context, 137.5" in words
     assert module.write_card(place).read_text(encoding="utf-8") == page
     spoil(place, "hypernetwork")
     with pytest.raises(ValueError, match=r"scores\.json: is not of the weights beside it; run score\.sh"):

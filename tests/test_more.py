@@ -72,6 +72,8 @@ def test_a_card_tells_what_more_training_does(module: ModuleType, place: Path, f
     ]
     words = " ".join(page.split())
     assert "scored on 6 questions about passages of the unseen articles and 6 about unseen worlds" in words
+    assert "The longest of these runs draws 960 samples more, 44 % of those behind the shipped file." in words
+    assert "Intervals without zero: 4 of 6." in words
     assert "Worlds, exact: worse after 20 steps from the labels and better after 20 steps from the tuned reader" in words
     assert "no different beyond chance after 20 steps from the labels" in words
     picture = image.imread(place / "more.png")

@@ -198,6 +198,8 @@ def test_smollm2_was_not_trained_on_what_it_is_scored_on() -> None:
     tested = composed(EvaluationConfig, "test", ["experiment=smollm2", "output=x"]).data.test
     assert f"--seed {module.SCORED_SEEDS[1]} " in (ROOT / "examples" / "smollm2" / "score.sh").read_text()
     assert (tested["worlds"].options["seed"], tested["squad"].split) == (module.SCORED_SEEDS[0], "validation")
+    others = composed(EvaluationConfig, "test", ["experiment=smollm2", "sets=passages/other", "output=x"]).data.test
+    assert (others["worlds"].options["seed"], others["squad"].split) == (module.SCORED_SEEDS[2], "validation")
     for _, run in runs:
         for source in module.read_recipe(run)["data"].values():
             assert source["kind"] not in ("worlds", "stories") or source["options"].get("seed", 0) not in module.SCORED_SEEDS

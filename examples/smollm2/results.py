@@ -16,21 +16,23 @@ from shine.checkpoint import WEIGHTS_FILE
 from shine.evaluation.results import PLAN_FILE, PREDICTIONS_FILE
 from shine.evaluation.run import weights_digest
 from shine.evaluation.scores import totals
-from shine.evaluation.statistics import Estimate, interval
+from shine.evaluation.statistics import Estimate, difference, interval, way
 from shine.evaluation.trust_page import FIGURES_FILE
 from shine.lora import LoRA
 
 SET_TITLES = {"squad": "SQuAD, unseen articles", "worlds": "invented worlds, unseen"}
 OTHER_TITLES = {
-    "squad": "SQuAD, unseen articles, passages by which no version was chosen",
-    "worlds": "invented worlds, unseen, by which no version was chosen",
+    "squad": "SQuAD, other passages of two of these articles, by which no version was chosen",
+    "worlds": "invented worlds, unseen, others by which no version was chosen",
 }
 """Of ``configs/sets/passages/other.yaml``."""
 CONTROL = "shine_other"
 """Each question under the adapter of another context."""
 SAMPLES_OF_EACH = 4
-KEPT = ("samples", "owners", "chosen_on", "notes", "answers", "other", "texts", "trust")
+KEPT = ("samples", "owners", "rest", "chosen_on", "notes", "answers", "other", "texts", "trust")
 """Of `Results`, beside the versions, in ``scores.json``."""
+COMPARED_BY = {"squad": "f1", "worlds": "em"}
+"""The score of each set that versions are compared by."""
 WANTED_WAY, WANTED_PERPLEXITY, WANTED_WORLDS = 50, 4, 60
 """Percent of SQuAD's way, perplexity of texts given back, percent of the answers about worlds."""
 
@@ -90,7 +92,10 @@ class Results:
         samples: the first questions of ``test.py`` with what each method answered.
         owners: of the answers about worlds, those where one person has a fact of the kind that is asked for, and those where
             several have: ``questions``, and the EM of SHINE as an `Estimate` has it.
-        chosen_on: by source, how many of the questions had been used to choose these weights before all were asked.
+        rest: by source, the `Score` that versions are compared by on the questions that were not used to choose these weights:
+            ``questions``, ``contexts``, each method's as an `Estimate` has it, and how far SHINE is ``ahead`` of In-Context and of
+            Only Question, and on its ``way``.
+        chosen_on: by source, how many of the questions, the first, had been used to choose these weights before all were asked.
         before: the versions that shipped before.
         notes: what else is to be known of how all this was measured, in sentences.
     """
@@ -101,6 +106,7 @@ class Results:
     other: Mapping[str, Any]
     samples: Sequence[Mapping[str, Any]]
     owners: Mapping[str, Mapping[str, float]]
+    rest: Mapping[str, Mapping[str, Any]]
     chosen_on: Mapping[str, int]
     before: Sequence[Version]
     notes: Sequence[str] = ()
@@ -115,7 +121,8 @@ class Results:
         lines = (folder / "test" / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         measured = _without_paths(answers), _without_paths(texts), trust, _without_paths(other)
-        return Results(*measured, _first_answers(rows), _by_owners(rows), chosen_on, before, notes)
+        rest = {source: _of_the_rest(rows, source, chosen) for source, chosen in chosen_on.items()}
+        return Results(*measured, _first_answers(rows), _by_owners(rows), rest, chosen_on, before, notes)
 
     @staticmethod
     def read(kept: Mapping[str, Any]) -> Results:
@@ -186,7 +193,7 @@ def targets(results: Results) -> list[Target]:
     """What was wanted, against what was measured."""
     ours, only_question = (results.score("squad", method, "f1") for method in ("shine", "only_question"))
     above_untuned = results.ahead("squad", "shine", "in_context", "f1")
-    way = results.way_to_tuned("squad", "f1")
+    gone = results.way_to_tuned("squad", "f1")
     given_back = results.perplexity("shine", "reconstruct")
     worlds, without = (results.score("worlds", method, "em") for method in ("shine", "only_question"))
     cosines = {title: results.cosine(name) for name, title in SET_TITLES.items()}
@@ -199,8 +206,8 @@ def targets(results: Results) -> list[Target]:
         Target("SQuAD: SHINE above untuned In-Context, F1", f"{above_untuned:+.1f}", above_untuned.low > 0),
         Target(
             f"SQuAD: at least {WANTED_WAY} % of the way to In-Context, tuned, F1",
-            f"{way:.1f} %" if way else "no way to go",
-            bool(way and way.value >= WANTED_WAY),
+            f"{gone:.1f} %" if gone else "no way to go",
+            bool(gone and gone.value >= WANTED_WAY),
         ),
         Target(
             f"reconstruction of 100 to 300 tokens: perplexity below {WANTED_PERPLEXITY}",
@@ -264,6 +271,27 @@ def _by_owners(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]
     for row in ours:
         parts["alone" if having[row["id"], row["kind"]] == 1 else "shared"].append(row)
     return {name: {"questions": len(found), **interval(totals(found, "em")).plain()} for name, found in parts.items() if found}
+
+
+def _of_the_rest(rows: Sequence[Mapping[str, Any]], source: str, chosen: int) -> dict[str, Any]:
+    """Of the contexts that come after the first ``chosen`` questions, each context with all its questions."""
+    methods: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["source"] == source:
+            methods.setdefault(row["method"], []).append(row)
+    ours = methods["shine"]
+    later = {row["id"] for row in ours[chosen:]} - {row["id"] for row in ours[:chosen]}
+    found = {method: totals([row for row in mine if row["id"] in later], COMPARED_BY[source]) for method, mine in methods.items()}
+    gone = way(found["shine"], floor=found["only_question"], ceiling=found["in_context_tuned"])
+    return {
+        "questions": sum(row["id"] in later for row in ours),
+        "contexts": len(later),
+        "methods": {method: interval(each).plain() for method, each in found.items()},
+        "ahead": {
+            other: difference(found["shine"], found[other]).plain() for other in ("in_context", "only_question") if other in found
+        },
+        "way": gone.plain() if gone else None,
+    }
 
 
 def _first_answers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
