@@ -182,7 +182,7 @@ class StageConfig:
         optimizer: ``adamw`` (published), or ``muon`` for the linears of the M2P transformer and AdamW for the rest.
         learning_rate: the peak, reached after ``warmup_steps``.
         schedule: what follows the peak: ``linear`` down to zero at the last step (published), or ``constant``, which makes every
-            checkpoint of a run that of a shorter one.
+            checkpoint of a run that of a shorter one; its last step is kept as any other, to go on from.
         clip: largest global gradient norm.
         evaluate_every, save_every, log_every: in steps; zero means never (save: only at the end).
         evaluation_batches: how many validation batches each evaluation looks at.

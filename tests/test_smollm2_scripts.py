@@ -32,7 +32,7 @@ def recorder(tmp_path: Path) -> Path:
         f"with open({str(tmp_path / 'log')!r}, 'a') as log: log.write('\\t'.join(sys.argv[1:]) + '\\n')\n"
         "for word in sys.argv[1:]:\n"
         "    if word.startswith('output=') and sys.argv[1] == 'train.py':\n"
-        "        (pathlib.Path(word.removeprefix('output=')) / 'final').mkdir(parents=True)\n"
+        "        (pathlib.Path(word.removeprefix('output=')) / 'final').mkdir(parents=True, exist_ok=True)\n"
     )
     program.write_text(code)
     program.chmod(0o755)
@@ -142,7 +142,11 @@ def test_more_training_scores_each_checkpoint(tmp_path: Path, recorder: Path) ->
         (out / "scores" / name / "summary.json").touch()
     again = commands("more.sh", out, "labels", recorder=recorder)
     assert [command[0] for command in again] == ["train.py"]
-    assert composed(TrainConfig, "train", again[0][1:]).stage.distillation is None
+    first = composed(TrainConfig, "train", again[0][1:])
+    assert (first.stage.distillation, first.resume) == (None, "auto")
+    # A run that has ended goes on.
+    longer = composed(TrainConfig, "train", commands("more.sh", out, "labels", "60", recorder=recorder)[0][1:])
+    assert (longer.stage.steps, longer.resume) == (60, "latest")
 
 
 @pytest.mark.parametrize(("script", "missing"), [("train.sh", "race"), ("more.sh", "race"), ("score.sh", "wikitext/wikitext-2-v1")])

@@ -291,6 +291,17 @@ def test_auto_leaves_a_run_alone_that_has_ended(
     assert (tmp_path / METRICS_FILE).read_bytes() == before
 
 
+def test_a_run_at_a_constant_rate_goes_on_where_it_ended(tiny_backbone_folder: str, tmp_path: Path) -> None:
+    """A run of three steps, gone on with to six, is the one of six."""
+    short, whole = tmp_path / "short", tmp_path / "whole"
+    stage = stage_config(steps=3, save_every=3, schedule="constant")
+    train(train_config(tiny_backbone_folder, short, stage=stage))
+    longer = replace(stage, steps=6)
+    train(train_config(tiny_backbone_folder, short, stage=longer, resume="latest", allow_changes=True))
+    train(train_config(tiny_backbone_folder, whole, stage=longer))
+    assert losses_of(short) == pytest.approx(losses_of(whole))
+
+
 def test_the_best_checkpoint_stays(tiny_backbone_folder: str, tmp_path: Path) -> None:
     stage = stage_config(steps=8, evaluate_every=2, save_every=2, keep=1, learning_rate=1e-2, warmup_steps=0)
     train(train_config(tiny_backbone_folder, tmp_path, stage=stage))

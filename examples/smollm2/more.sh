@@ -30,8 +30,10 @@ case $from in
 esac
 
 # Half of the recipe's rate, which falls to zero there. Worlds, and questions made of passages, that no run behind the shipped file drew.
-# What may change is the number of steps: at a constant rate a longer run is a shorter one gone on with.
-"$python" train.py experiment=smollm2 stage=1qa checkpoint=smollm2-135m "output=$out/$from" resume=auto allow_changes=true \
+# What may change is the number of steps: at a constant rate a longer run is a shorter one gone on with, even where it has ended.
+resume=auto
+[ ! -e "$out/$from/final" ] || resume=latest
+"$python" train.py experiment=smollm2 stage=1qa checkpoint=smollm2-135m "output=$out/$from" "resume=$resume" allow_changes=true \
     stage.schedule=constant stage.learning_rate=2e-4 stage.warmup_steps=5 "stage.steps=$steps" "stage.distillation=$distillation" \
     stage.save_every=10 stage.keep=100 stage.evaluate_every=10 stage.evaluation_batches=2 \
     data.train.worlds.options.count=1500 data.train.worlds.options.seed=21000 data.train.pieces.options.seed=31 \

@@ -160,7 +160,9 @@ class Run:
                 self._evaluate(monitor)
         stopped_by = self.ranks.largest(self.request.look(), device=self.backbone.device)
         unfinished = self.step < self.total
-        if unfinished and (stopped_by or _due(self.step, self.stage.save_every)):
+        # A run at a constant rate may go on after its end.
+        wanted = stopped_by or _due(self.step, self.stage.save_every) if unfinished else self.stage.schedule == "constant"
+        if wanted:
             with monitor.paused():
                 self._save(monitor)
         if unfinished and stopped_by:
