@@ -105,7 +105,7 @@ def _scores(results: Results) -> Iterator[str]:
     for target in targets(results):
         yield f"| {target.wanted} | {target.measured} | {'reached' if target.reached else '**missed**'} |"
     yield ""
-    rest = [_by_the_rest(results)] if "squad" in results.rest else []
+    rest = [_by_the_rest(results.rest)] if results.rest else []
     yield from paragraph(" ".join([*rest, _by_the_others(results)]))
     yield from ["", "## Scores", ""]
     yield from paragraph(
@@ -198,36 +198,39 @@ def _cell(text: str) -> str:
     return line if len(line) <= LONGEST_CELL else line[: LONGEST_CELL - 2].rstrip() + " …"
 
 
-def _by_the_rest(results: Results) -> str:
+def _by_the_rest(rest: Mapping[str, Any]) -> str:
     """The verdicts on SQuAD by those of the questions that did not choose this version."""
-    rest = results.rest["squad"]
-    ours, without, untuned, tuned = (
-        Estimate(**rest["methods"][method]) for method in ("shine", "only_question", "in_context", "in_context_tuned")
-    )
-    ahead = {name: Estimate(**found) for name, found in rest["ahead"].items()}
-    way = f"{Estimate(**rest['way']):.1f} %" if rest["way"] else "nothing"
+    scores, ahead = ({name: Estimate(**found) for name, found in rest[which].items()} for which in ("methods", "ahead"))
+    way = Estimate(**rest["way"]) if rest["way"] else None
     return (
         f"Checkpoints had been compared on some of these questions. On the {rest['questions']} others, about {rest['contexts']} "
-        f"passages, F1 is {ours:.1f} (Only Question {without:.1f}, In-Context {untuned:.1f}, tuned {tuned:.1f}): "
-        f"{ahead['only_question']:+.1f} beside Only Question, {ahead['in_context']:+.1f} beside untuned In-Context, "
-        f"{way} of the way."
+        f"passages, F1 is {_beside_baselines(scores)}: {ahead['only_question']:+.1f} beside Only Question, "
+        f"{ahead['in_context']:+.1f} beside untuned In-Context, {_share(way)} of the way."
     )
 
 
 def _by_the_others(results: Results) -> str:
     """The verdicts on SQuAD by the questions that chose no version."""
     others = results.of_others
-    ours, without, untuned, tuned = (
-        others.score("squad", method, "f1") for method in ("shine", "only_question", "in_context", "in_context_tuned")
-    )
-    way = others.way_to_tuned("squad", "f1")
+    methods = others.answers["sources"]["squad"]["methods"]
+    scores = {method: others.score("squad", method, "f1") for method in methods}
     above, ahead = (others.ahead("squad", "shine", method, "f1") for method in ("only_question", "in_context"))
-    count = others.answers["sources"]["squad"]["methods"]["shine"]["questions"]
     return (
-        f"On {count} questions about other passages of two of the articles (European Union law, Scottish Parliament), by which no "
-        f"version was chosen, it is {ours:.1f} (Only Question {without:.1f}, In-Context {untuned:.1f}, tuned {tuned:.1f}): "
-        f"{above:+.1f}, {ahead:+.1f} and {f'{way:.1f} %' if way else 'nothing'} of the way."
+        f"On {methods['shine']['questions']} questions about other passages of two of the articles (European Union law, "
+        f"Scottish Parliament), by which no version was chosen, it is {_beside_baselines(scores)}: {above:+.1f}, {ahead:+.1f} and "
+        f"{_share(others.way_to_tuned('squad', 'f1'))} of the way."
     )
+
+
+def _beside_baselines(scores: Mapping[str, Estimate]) -> str:
+    return (
+        f"{scores['shine']:.1f} (Only Question {scores['only_question']:.1f}, In-Context {scores['in_context']:.1f}, "
+        f"tuned {scores['in_context_tuned']:.1f})"
+    )
+
+
+def _share(way: Estimate | None) -> str:
+    return f"{way:.1f} %" if way else "nothing"
 
 
 def _more_training(results: Results, version: Version, runs: Runs) -> Iterator[str]:

@@ -31,8 +31,6 @@ CONTROL = "shine_other"
 SAMPLES_OF_EACH = 4
 KEPT = ("samples", "owners", "rest", "chosen_on", "notes", "answers", "other", "texts", "trust")
 """Of `Results`, beside the versions, in ``scores.json``."""
-COMPARED_BY = {"squad": "f1", "worlds": "em"}
-"""The score of each set that versions are compared by."""
 WANTED_WAY, WANTED_PERPLEXITY, WANTED_WORLDS = 50, 4, 60
 """Percent of SQuAD's way, perplexity of texts given back, percent of the answers about worlds."""
 
@@ -92,9 +90,9 @@ class Results:
         samples: the first questions of ``test.py`` with what each method answered.
         owners: of the answers about worlds, those where one person has a fact of the kind that is asked for, and those where
             several have: ``questions``, and the EM of SHINE as an `Estimate` has it.
-        rest: by source, the `Score` that versions are compared by on the questions that were not used to choose these weights:
-            ``questions``, ``contexts``, each method's as an `Estimate` has it, and how far SHINE is ``ahead`` of In-Context and of
-            Only Question, and on its ``way``.
+        rest: F1 on those of SQuAD's questions that were not used to choose these weights: ``questions``, ``contexts``, each
+            method's as an `Estimate` has it, and how far SHINE is ``ahead`` of In-Context and of Only Question, and on its ``way``;
+            empty where none was used.
         chosen_on: by source, how many of the questions, the first, had been used to choose these weights before all were asked.
         before: the versions that shipped before.
         notes: what else is to be known of how all this was measured, in sentences.
@@ -106,7 +104,7 @@ class Results:
     other: Mapping[str, Any]
     samples: Sequence[Mapping[str, Any]]
     owners: Mapping[str, Mapping[str, float]]
-    rest: Mapping[str, Mapping[str, Any]]
+    rest: Mapping[str, Any]
     chosen_on: Mapping[str, int]
     before: Sequence[Version]
     notes: Sequence[str] = ()
@@ -121,7 +119,7 @@ class Results:
         lines = (folder / "test" / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         measured = _without_paths(answers), _without_paths(texts), trust, _without_paths(other)
-        rest = {source: _of_the_rest(rows, source, chosen) for source, chosen in chosen_on.items()}
+        rest = _of_the_rest(rows, chosen_on["squad"]) if "squad" in chosen_on else {}
         return Results(*measured, _first_answers(rows), _by_owners(rows), rest, chosen_on, before, notes)
 
     @staticmethod
@@ -273,23 +271,21 @@ def _by_owners(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]
     return {name: {"questions": len(found), **interval(totals(found, "em")).plain()} for name, found in parts.items() if found}
 
 
-def _of_the_rest(rows: Sequence[Mapping[str, Any]], source: str, chosen: int) -> dict[str, Any]:
-    """Of the contexts that come after the first ``chosen`` questions, each context with all its questions."""
+def _of_the_rest(rows: Sequence[Mapping[str, Any]], chosen: int) -> dict[str, Any]:
+    """Of SQuAD's contexts that come after the first ``chosen`` questions, each context with all its questions."""
     methods: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["source"] == source:
+        if row["source"] == "squad":
             methods.setdefault(row["method"], []).append(row)
     ours = methods["shine"]
     later = {row["id"] for row in ours[chosen:]} - {row["id"] for row in ours[:chosen]}
-    found = {method: totals([row for row in mine if row["id"] in later], COMPARED_BY[source]) for method, mine in methods.items()}
+    found = {method: totals([row for row in mine if row["id"] in later], "f1") for method, mine in methods.items()}
     gone = way(found["shine"], floor=found["only_question"], ceiling=found["in_context_tuned"])
     return {
         "questions": sum(row["id"] in later for row in ours),
         "contexts": len(later),
         "methods": {method: interval(each).plain() for method, each in found.items()},
-        "ahead": {
-            other: difference(found["shine"], found[other]).plain() for other in ("in_context", "only_question") if other in found
-        },
+        "ahead": {other: difference(found["shine"], found[other]).plain() for other in ("in_context", "only_question")},
         "way": gone.plain() if gone else None,
     }
 
